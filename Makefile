@@ -1,0 +1,23 @@
+# `make demo` trains a tagger on the embedded data set and tags a file with it; `make test` runs all tests.
+# Both set up .venv first, once.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	$(BIN)/python recipes/AudioSet/train.py hparams/mini.yaml
+	$(BIN)/python recipes/AudioSet/tag_example.py results/mini/1
+
+test: lint
+	$(BIN)/python -m pytest --cov=psla_sb
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+.venv/installed: setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[test]'
+	touch $@

@@ -1,0 +1,35 @@
+"""Installs psla_sb."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="psla_sb",
+    version="0.1.0",
+    description="Audio tagging with PSLA's training techniques, as parts of SpeechBrain",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["psla_sb", "psla_sb.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        # torchaudio imports only beside the torch that it was built for, and SpeechBrain imports torchaudio
+        "torch==2.11.*",
+        "torchaudio==2.11.*",
+        "speechbrain==1.1.*",
+        "efficientnet_pytorch==0.7.1",
+        "hyperpyyaml",
+        "ruamel.yaml",
+        "numpy",
+        "pyarrow",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "soundfile",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={"test": ["pytest", "pytest-cov", "hypothesis", "ruff"]},
+    entry_points={"console_scripts": ["psla-tag = psla_sb.cli:tag"]},
+)
