@@ -1,0 +1,352 @@
+"""The embedded data set: a few hundred synthetic clips in AudioSet's own layout, written in seconds.
+
+`make demo` and the tests train on it. It stands in for AudioSet: the same files, an excerpt of the same ontology with the same
+class identifiers, several labels a clip, a long tail of class frequencies, and, on request, training labels with the two kinds
+of error that label enhancement mends. What a recipe does with this folder it does with the real one.
+
+From a shell: `python -m psla_sb.dataio.mini FOLDER`.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from psla_sb.dataio.mini_sounds import SOUNDS, coloured_noise, synthesise
+from psla_sb.errors import InputError
+
+VERSION = 1  # of the sounds and the layout: a folder that another version wrote is written again
+
+# AudioSet's classes, in the order of its class list: mid, display name, parents. Identifiers, names and relations are
+# AudioSet's; classes outside this excerpt are left out.
+CLASSES = (
+    ("/m/01jg02", "Heart sounds, heartbeat", ("Human sounds",)),
+    ("/m/015p6", "Bird", ()),
+    ("/m/020bb7", "Bird vocalization, bird call, bird song", ("Bird",)),
+    ("/m/07pggtn", "Chirp, tweet", ("Bird vocalization, bird call, bird song", "Brief tone")),
+    ("/m/04szw", "Musical instrument", ()),
+    ("/m/0fx80y", "Plucked string instrument", ("Musical instrument",)),
+    ("/m/018j2", "Banjo", ("Plucked string instrument",)),
+    ("/m/05148p4", "Keyboard (musical)", ("Musical instrument",)),
+    ("/m/013y1f", "Organ", ("Keyboard (musical)",)),
+    ("/m/0l14md", "Percussion", ("Musical instrument",)),
+    ("/m/026t6", "Drum", ("Percussion",)),
+    ("/m/0395lw", "Bell", ("Musical instrument", "Sounds of things")),
+    ("/m/03w41f", "Church bell", ("Bell",)),
+    ("/m/0jb2l", "Thunderstorm", ("Natural sounds",)),
+    ("/m/0ngt1", "Thunder", ("Thunderstorm",)),
+    ("/m/0838f", "Water", ("Natural sounds",)),
+    ("/m/06mb1", "Rain", ("Water",)),
+    ("/m/07r10fb", "Raindrop", ("Rain",)),
+    ("/m/05kq4", "Ocean", ("Water",)),
+    ("/m/034srq", "Waves, surf", ("Ocean",)),
+    ("/m/04qvtq", "Police car (siren)", ("Siren",)),
+    ("/m/02mk9", "Engine", ("Sounds of things",)),
+    ("/t/dd00065", "Light engine (high frequency)", ("Engine",)),
+    ("/t/dd00067", "Heavy engine (low frequency)", ("Engine",)),
+    ("/m/07pp_mv", "Alarm", ("Sounds of things",)),
+    ("/m/07cx4", "Telephone", ("Alarm",)),
+    ("/m/015jpf", "Dial tone", ("Telephone",)),
+    ("/m/01z47d", "Busy signal", ("Telephone",)),
+    ("/m/03kmc9", "Siren", ("Alarm",)),
+    ("/m/0dgbq", "Civil defense siren", ("Siren",)),
+    ("/t/dd00077", "Mechanisms", ("Sounds of things",)),
+    ("/m/01x3z", "Clock", ("Mechanisms",)),
+    ("/m/07qjznl", "Tick-tock", ("Clock",)),
+    ("/m/01v_m0", "Sine wave", ("Other sourceless",)),
+    ("/m/0hdsk", "Chirp tone", ("Sine wave",)),
+    ("/m/096m7z", "Noise", ("Channel, environment and background",)),
+    ("/m/07rgkc5", "Static", ("Background noise",)),
+    ("/m/0chx_", "White noise", ("Noise",)),
+    ("/m/0cj0r", "Pink noise", ("Noise",)),
+)
+# Entries of the ontology that are no classes: mid, name, parents, restrictions.
+CATEGORIES = (
+    ("/m/0dgw9r", "Human sounds", (), ["abstract"]),
+    ("/m/059j3w", "Natural sounds", (), ["blacklist"]),
+    ("/t/dd00041", "Sounds of things", (), ["blacklist"]),
+    ("/t/dd00098", "Source-ambiguous sounds", (), ["abstract"]),
+    ("/t/dd000138", "Brief tone", (), ["abstract"]),
+    ("/t/dd00122", "Other sourceless", ("Source-ambiguous sounds",), ["abstract"]),
+    ("/t/dd00123", "Channel, environment and background", (), ["abstract"]),
+    ("/m/093_4n", "Background noise", ("Noise",), []),
+)
+
+LEAVES = tuple(SOUNDS)
+TAIL_RATIO = 14.0  # expected frequency of the commonest leaf class over the rarest, in training
+EVENTS_PER_CLIP = (0.5, 0.3, 0.2)  # probabilities of one, two and three events
+EVENT_DECIBELS = (-20.0, -4.0)  # peak of an event
+BACKGROUND_DECIBELS = (-60.0, -42.0)  # root mean square of the background
+PEAK = 0.95
+ID_ALPHABET = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
+SPLITS = ("balanced_train", "eval")
+
+_PARENTS = {name: parents for _, name, parents, *_ in (*CLASSES, *CATEGORIES)}
+_MIDS = {name: mid for mid, name, _ in CLASSES}
+_STAGING = ".mini_audioset_unfinished"
+_RECORD = "mini.json"
+
+
+def _ancestors(name):
+    return set().union(*({parent} | _ancestors(parent) for parent in _PARENTS[name]))
+
+
+def _closed_upward(leaves):
+    """The classes among some leaf classes and all their ancestors, as a set of names."""
+    return (set(leaves).union(*map(_ancestors, leaves))) & _MIDS.keys()
+
+
+def _plan_events(split, n_clips, seed):
+    """The leaf classes of each clip, as lists of one to three names.
+
+    Low-discrepancy sequences in place of independent draws keep the counts near their expectation, so the rarest class of a
+    small set is rare but there; clip i still depends on nothing but i.
+    """
+    steps = np.sqrt([1.25, 2.0, 3.0, 7.0])
+    uniform = (np.random.default_rng([seed, split]).random(4) + np.arange(n_clips)[:, None] * steps) % 1.0
+    is_eval = SPLITS[split] == "eval"
+    frequency = (1.0 if is_eval else TAIL_RATIO) ** -np.linspace(0, 1, len(LEAVES))
+    leaves = np.searchsorted(np.cumsum(frequency / frequency.sum())[:-1], uniform[:, :3], side="right")
+    if is_eval:
+        leaves[:, 0] = np.arange(n_clips) % len(LEAVES)
+    n_events = 1 + np.searchsorted(np.cumsum(EVENTS_PER_CLIP)[:-1], uniform[:, 3], side="right")
+    return [[LEAVES[leaf] for leaf in dict.fromkeys(row[:n].tolist())] for row, n in zip(leaves, n_events, strict=True)]
+
+
+def _draw_clip_id(rng, index):
+    """Eleven characters; identifiers that begin with "-" or "_" trip readers, so every eighth clip has one."""
+    clip_id = "".join(rng.choice(ID_ALPHABET, 11))
+    return {0: "-", 8: "_"}.get(index % 16, clip_id[0]) + clip_id[1:]
+
+
+def _render_clip(rng, leaves, n_samples, sample_rate):
+    """Mixes one event of each leaf class into a quiet background. `[samples]`, peak at most `PEAK`."""
+    wav = coloured_noise(rng, n_samples, sample_rate, slope=rng.uniform(0, 2)) * _gain(rng, BACKGROUND_DECIBELS)
+    for leaf in leaves:
+        n_event = int(rng.uniform(0.5, 1.0) * n_samples)
+        onset = rng.integers(n_samples - n_event + 1)
+        event = synthesise(leaf, rng, n_event, sample_rate)
+        wav[onset : onset + n_event] += event * _gain(rng, EVENT_DECIBELS)
+    return wav * min(1.0, PEAK / np.abs(wav).max())
+
+
+def _gain(rng, decibels):
+    return 10 ** (rng.uniform(*decibels) / 20)
+
+
+def _with_errors(labels, rng, type1_rate, type2_rate):
+    """Drops labels: leaf classes whose parent stays (Type I), then ancestors that have a descendant left (Type II).
+
+    One uniform number per class decides, so the labels lost at a low rate are lost at a higher one too.
+    """
+    draw = dict(zip(_MIDS, rng.random(len(_MIDS)), strict=True))
+    parents = {name: labels.intersection(_PARENTS[name]) for name in labels}
+    type1 = {name for name in labels.intersection(LEAVES) if parents[name] and draw[name] < type1_rate}
+    needed = set().union(*(parents[name] for name in type1))
+    type2 = {name for name in labels.difference(LEAVES) - needed if draw[name] < type2_rate}
+    return labels - type1 - type2
+
+
+def _write_segments(path, clip_ids, starts, seconds, label_sets):
+    n_labels, unique = sum(map(len, label_sets)), len(set().union(*label_sets))
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        file.write(
+            "# Segments csv created by psla_sb.dataio.mini\n"
+            f"# num_ytids={len(clip_ids)}, num_segs={len(clip_ids)}, "
+            f"num_unique_labels={unique}, num_positive_labels={n_labels}\n"
+            "# YTID, start_seconds, end_seconds, positive_labels\n"
+        )
+        for clip_id, start, labels in zip(clip_ids, starts, label_sets, strict=True):
+            mids = ",".join(sorted(_MIDS[name] for name in labels))
+            file.write(f'{clip_id}, {start:.3f}, {start + seconds:.3f}, "{mids}"\n')
+
+
+def _write_split(folder, split, n_clips, seconds, sample_rate, seed, type1_rate=0.0, type2_rate=0.0):
+    name = SPLITS[split]
+    audio = folder / "audio" / name
+    audio.mkdir(parents=True)
+    n_samples = round(seconds * sample_rate)
+    clip_ids, starts, clean, noisy = [], [], [], []
+    for index, events in enumerate(_plan_events(split, n_clips, seed)):
+        rng = np.random.default_rng([seed, split, index])
+        clip_ids.append(_draw_clip_id(rng, index))
+        starts.append(10.0 * rng.integers(30))
+        wav = _render_clip(rng, events, n_samples, sample_rate)
+        soundfile.write(audio / f"{clip_ids[-1]}.flac", wav, sample_rate, subtype="PCM_16")
+        clean.append(_closed_upward(events))
+        # A generator of their own: the audio must not depend on the error rates.
+        noisy.append(_with_errors(clean[-1], np.random.default_rng([seed, split, index, 1]), type1_rate, type2_rate))
+    _write_segments(folder / f"{name}_segments.csv", clip_ids, starts, seconds, noisy)
+    if type1_rate or type2_rate:
+        _write_segments(folder / f"{name}_segments_clean.csv", clip_ids, starts, seconds, clean)
+
+
+def _write_metadata(folder):
+    with open(folder / "class_labels_indices.csv", "w", newline="", encoding="utf-8") as file:
+        file.write("index,mid,display_name\n")
+        file.writelines(f'{index},{mid},"{name}"\n' for index, (mid, name, _) in enumerate(CLASSES))
+    nodes = [(*node, []) for node in CLASSES] + list(CATEGORIES)
+    ontology = [
+        {
+            "id": mid,
+            "name": name,
+            "description": "",
+            "citation_uri": "",
+            "positive_examples": [],
+            "child_ids": [child_id for child_id, _, parents, _ in nodes if name in parents],
+            "restrictions": restrictions,
+        }
+        for mid, name, _, restrictions in nodes
+    ]
+    (folder / "ontology.json").write_text(json.dumps(ontology, indent=2) + "\n", encoding="utf-8")
+
+
+def write_mini_audioset(folder, n_train=500, n_eval=200, seconds=2.0, sample_rate=16000, seed=0, type1_rate=0.0, type2_rate=0.0):
+    """Writes a small synthetic data set in AudioSet's own layout.
+
+    In `folder`: `class_labels_indices.csv`, `ontology.json`, `balanced_train_segments.csv`, `eval_segments.csv`, and 16-bit
+    FLAC files `audio/balanced_train/<id>.flac` and `audio/eval/<id>.flac`. Each clip has one to three events of the leaf
+    classes, mixed at random pitch, level and onset over a quiet background, and carries these classes and all their ancestors.
+    Leaf classes have a long tail in training and are about even in evaluation, where every class occurs from 20 clips on.
+
+    With an error rate above 0 the training labels carry errors and `balanced_train_segments_clean.csv` keeps the true ones.
+    A Type I error leaves out a leaf class while its parent stays, a Type II error an ancestor while a descendant stays (their
+    definition: Gong, Chung, Glass, "PSLA", 2021). Leaf classes without a parent among the classes have no
+    Type I errors, and no clip loses its last label. Audio and clean labels do not depend on the rates, nor does a clip on
+    how many there are.
+
+    The same arguments write the same bytes. A complete data set of the same arguments is left alone; one of others is
+    replaced. `mini.json`, written last, holds the arguments.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        Where to write; made if it does not exist.
+    n_train, n_eval : int
+        Number of clips.
+    seconds : float
+        Duration of each clip, at least 0.5.
+    sample_rate : int
+        In Hz, at least 16000 (the sounds reach up to 7 kHz).
+    seed : int
+        Another seed, another data set.
+    type1_rate, type2_rate : float
+        Probability in [0, 1] that a label that can be lost to this kind of error is.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    ValueError
+        An argument is out of its range.
+    InputError
+        The folder holds files of these names that this function did not write.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...     folder = write_mini_audioset(tmp, n_train=4, n_eval=2, seconds=1.0)
+    ...     sorted(path.name for path in folder.iterdir()), len(list(folder.glob("audio/*/*.flac")))
+    (['audio', 'balanced_train_segments.csv', 'class_labels_indices.csv', 'eval_segments.csv', 'mini.json', 'ontology.json'], 6)
+    """
+    arguments = {
+        "version": VERSION,
+        "n_train": n_train,
+        "n_eval": n_eval,
+        "seconds": seconds,
+        "sample_rate": sample_rate,
+        "seed": seed,
+        "type1_rate": type1_rate,
+        "type2_rate": type2_rate,
+    }
+    if min(n_train, n_eval) < 1 or seconds < 0.5 or sample_rate < 16000 or seed < 0:
+        raise ValueError(
+            "need n_train and n_eval of 1 or more, seconds of 0.5 or more, sample_rate of 16000 or more and seed of 0 or more, "
+            f"got {arguments}"
+        )
+    if not (0 <= type1_rate <= 1 and 0 <= type2_rate <= 1):
+        raise ValueError(f"type1_rate and type2_rate must be in [0, 1], got {type1_rate} and {type2_rate}")
+
+    folder = Path(folder)
+    record, staging = folder / _RECORD, folder / _STAGING
+    if record.exists():
+        if record.read_text(encoding="utf-8") == _to_json(arguments):
+            return folder
+    elif not staging.exists():
+        # Neither a finished nor an interrupted write of ours: this may be somebody's real AudioSet.
+        for path in _products(folder):
+            if path.exists():
+                raise InputError(f"{path} exists and was not written by this function; choose another folder")
+
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    record.unlink(missing_ok=True)
+    _write_metadata(staging)
+    _write_split(staging, 0, n_train, seconds, sample_rate, seed, type1_rate, type2_rate)
+    _write_split(staging, 1, n_eval, seconds, sample_rate, seed)
+    (folder / "audio").mkdir(exist_ok=True)
+    for written, target in zip(_products(staging), _products(folder), strict=True):
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+        if written.exists():
+            written.rename(target)
+    record.write_text(_to_json(arguments), encoding="utf-8")
+    shutil.rmtree(staging)
+    return folder
+
+
+def _products(folder):
+    """All paths that a data set may consist of, but for its record."""
+    names = ["class_labels_indices.csv", "ontology.json", f"{SPLITS[0]}_segments_clean.csv"]
+    names += [f"{split}_segments.csv" for split in SPLITS] + [f"audio/{split}" for split in SPLITS]
+    return [folder / name for name in names]
+
+
+def _to_json(arguments):
+    return json.dumps(arguments, indent=2) + "\n"
+
+
+def main(argv=None):
+    """Entry point of `python -m psla_sb.dataio.mini`.
+
+    Arguments
+    ---------
+    argv : list of str, optional
+        Command-line arguments, those of the process by default.
+
+    Example
+    -------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as tmp:
+    ...     main([tmp, "--n_train=2", "--n_eval=1", "--seconds=0.5"])
+    2 training and 1 evaluation clips in ...
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m psla_sb.dataio.mini", description="Write a small synthetic data set in AudioSet's layout."
+    )
+    parser.add_argument("folder", help="where to write it")
+    parser.add_argument("--n_train", type=int, default=500, help="training clips (default: %(default)s)")
+    parser.add_argument("--n_eval", type=int, default=200, help="evaluation clips (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each clip (default: %(default)s)")
+    parser.add_argument("--sample_rate", type=int, default=16000, help="in Hz (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, another data set (default: %(default)s)")
+    parser.add_argument("--type1_rate", type=float, default=0.0, help="training labels: share of leaf classes left out")
+    parser.add_argument("--type2_rate", type=float, default=0.0, help="training labels: share of ancestors left out")
+    arguments = parser.parse_args(argv)
+    try:
+        write_mini_audioset(**vars(arguments))
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{arguments.n_train} training and {arguments.n_eval} evaluation clips in {arguments.folder}")
+
+
+if __name__ == "__main__":
+    main()
