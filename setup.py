@@ -31,5 +31,5 @@ setup(
         "matplotlib",
     ],
     extras_require={"test": ["pytest", "pytest-cov", "hypothesis", "ruff"]},
-    entry_points={"console_scripts": ["psla-tag = psla_sb.cli:tag"]},
+    entry_points={"console_scripts": ["psla-tag = psla_sb.cli:tag", "psla-import = psla_sb.interop:main"]},
 )

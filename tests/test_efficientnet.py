@@ -78,6 +78,7 @@ def test_drop_connect_acts_in_training_only():
         encoder.eval()
         assert torch.equal(encoder(feats), encoder(feats))
     assert moved == [False, True]
+    assert EfficientNetEncoder("b0")._global_params.drop_connect_rate == 0.2
 
 
 @pytest.mark.parametrize(

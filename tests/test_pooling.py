@@ -48,6 +48,16 @@ def test_attention_sums_to_one_over_the_steps():
     torch.testing.assert_close(classifier(50 * torch.randn(2, 8, 4, 11)), torch.ones(2, 3))
 
 
+def test_attention_is_at_least_1e_7():
+    # attention 0.5 where c is 0, and next to nothing where c is 1
+    classifier = AttentionPooling(1, 1, n_heads=1)
+    for conv, weight, bias in ((classifier.att, -100.0, 0.0), (classifier.cla, 200.0, -100.0)):
+        torch.nn.init.constant_(conv.weight, weight)
+        torch.nn.init.constant_(conv.bias, bias)
+    feature_map = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    assert classifier(feature_map).item() == pytest.approx(1e-7 / (0.5 + 1e-7), rel=1e-4)
+
+
 def test_heads_can_push_the_answer_above_one():
     classifier = AttentionPooling(8, 3, 2)
     classifier.head_weight.data = torch.tensor([1.0, 1.0])

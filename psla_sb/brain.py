@@ -1,0 +1,300 @@
+"""What happens to a batch, and at the end of an epoch."""
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
+from torch.nn.functional import binary_cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm, parameters_to_vector
+
+from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
+from psla_sb.dataio.audio import AudioError
+from psla_sb.metrics import TaggingStats, summarize
+
+logger = get_logger(__name__)
+
+FIGURES = ("mAP", "mAUC", "d_prime")
+EPSILON = 1e-7
+
+
+class TaggingBrain(sb.Brain):
+    """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
+
+    Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `mixup`, `spec_augment`,
+    `schedule` and `train_logger` are used.
+
+    * Before each batch all random generators are reseeded from (seed, optimizer step, step, rank): a resumed run goes on exactly.
+    * Validation scores all clips, sharded over the ranks, and computes its figures from the collected scores. It writes the scores
+      and the epoch's weights, and reports the ensemble of all epochs so far.
+    * A gradient that is not finite never reaches the weights.
+
+    Example
+    -------
+    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> modules = {
+    ...     "compute_features": KaldiFbank(n_mels=64),
+    ...     "mean_var_norm": GlobalNorm(),
+    ...     "embedding_model": EfficientNetEncoder("b0"),
+    ...     "classifier": MeanPooling(1280, 5),
+    ... }
+    >>> brain = TaggingBrain(modules, hparams={"modules": modules, "seed": 1, "n_classes": 5}, run_opts={"device": "cpu"})
+    >>> _ = brain.modules.eval()
+    >>> brain.scores(torch.randn(2, 16000), torch.ones(2)).shape
+    torch.Size([2, 5])
+    """
+
+    def scores(self, wavs, wav_lens):
+        """Probabilities without augmentation.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`
+        wav_lens : torch.Tensor
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, classes]`
+        """
+        # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
+        modules = self.hparams.modules
+        feats = modules["mean_var_norm"](modules["compute_features"](wavs, wav_lens))
+        return modules["classifier"](modules["embedding_model"](feats))
+
+    def compute_forward(self, batch, stage):
+        """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first."""
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        targets = batch.target.data
+        if stage != sb.Stage.TRAIN:
+            return self.scores(wavs, wav_lens), targets
+        wavs, wav_lens, targets = self.hparams.mixup(wavs, wav_lens, targets, sum(batch.partner))
+        feats = self.modules.compute_features(wavs, wav_lens)
+        feats = self.modules.mean_var_norm(self.hparams.spec_augment(feats))
+        return self.modules.classifier(self.modules.embedding_model(feats)), targets
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7]."""
+        probabilities, targets = predictions
+        if stage != sb.Stage.TRAIN:
+            self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
+        with torch.autocast(self.device_type, enabled=False):
+            return binary_cross_entropy(probabilities.float().clamp(EPSILON, 1 - EPSILON), targets)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Reports a broken sound file, reseeds, and sets the learning rate of this step."""
+        check_audio(batch)
+        rank = int(os.environ.get("RANK", 0))
+        seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
+        torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
+        np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
+        self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
+        if (self.step - 1) % self.grad_accumulation_factor == 0:
+            self.statistics = parameters_to_vector(self.running_statistics())
+
+    def running_statistics(self):
+        """The batch norms' running means and variances."""
+        return [buffer for name, buffer in self.modules.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+    def optimizers_step(self):
+        """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
+        gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
+        if self.scaler.is_enabled() or torch.isfinite(get_total_norm(gradients)):
+            return super().optimizers_step()
+        logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
+        self.zero_grad(set_to_none=True)
+        buffers = self.running_statistics()
+        for buffer, before in zip(buffers, self.statistics.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(before.view_as(buffer))
+        self.optimizer_step += 1
+
+    def evaluate_batch(self, batch, stage):
+        """As SpeechBrain's, after reporting a broken sound file."""
+        check_audio(batch)
+        return super().evaluate_batch(batch, stage)
+
+    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
+        """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
+        if stage != sb.Stage.TRAIN:
+            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            size = loader_kwargs.pop("batch_size")
+            n_clips = min(len(dataset), self.debug_batches * size * world_size) if self.debug else len(dataset)
+            starts = range(rank * size, n_clips, world_size * size)
+            loader_kwargs["batch_sampler"] = [range(start, min(start + size, n_clips)) for start in starts]
+            self.n_clips = {**getattr(self, "n_clips", {}), stage: n_clips}
+        return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        # SpeechBrain would wrap the batch sampler, which shards itself; and would not tell it the epoch
+        self.train_sampler = loader_kwargs["batch_sampler"]
+        return loader_kwargs
+
+    def _wrap_distributed(self):
+        # SpeechBrain converts to synchronised batch norm, which has no CPU version, and which PSLA did not use
+        if not self.distributed_launch:
+            return super()._wrap_distributed()
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                device_ids = [self.device] if self.device_type == "cuda" else None
+                self.modules[name] = DistributedDataParallel(
+                    module, device_ids=device_ids, find_unused_parameters=self.find_unused_parameters
+                )
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        # gradients that wait for the rest of an accumulation are not saved
+        return due and self.step % self.grad_accumulation_factor == 0
+
+    def on_fit_start(self):
+        """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
+        super().on_fit_start()
+        # what a killed run wrote of an epoch that it did not finish is written again
+        self.epochs = read_results(self.hparams.output_folder).get("epochs", [])[: self.hparams.epoch_counter.current]
+        self.score_sum = None
+
+    def on_stage_start(self, stage, epoch=None):
+        """Makes room for the scores of a validation or test."""
+        if stage != sb.Stage.TRAIN:
+            self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Ends an epoch of training or the scoring of a set."""
+        if stage == sb.Stage.TRAIN:
+            self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": stage_loss}
+            self.hparams.schedule.on_epoch_end(self.optimizer, epoch)
+            if self.distributed_launch:
+                # each rank has seen other clips; all evaluate with the statistics of rank 0, which are the ones that are saved
+                for buffer in self.running_statistics():
+                    torch.distributed.broadcast(buffer, 0)
+            return
+        self.stats.reduce()
+        if stage == sb.Stage.VALID:
+            self.on_epoch_end(epoch)
+
+    def on_epoch_end(self, epoch):
+        """Records the epoch, then writes a checkpoint; keeps the last and the best by validation mAP."""
+        record = run_on_main(self.record_epoch, [epoch])
+        if self.checkpointer is not None:
+            meta = {"epoch": epoch, "mAP": record["mAP"]}
+            self.checkpointer.save_and_keep_only(meta=meta, max_keys=["mAP"], verbosity=logging.DEBUG)
+
+    def record_epoch(self, epoch):
+        """Writes the epoch's scores, weights and figures.
+
+        Returns
+        -------
+        dict
+            The figures.
+        """
+        folder, figures = self.hparams.output_folder, self.stats.summarize()
+        record = {
+            "epoch": epoch,
+            **self.train_figures,
+            "valid_loss": figures["loss"],
+            **{name: figures[name] for name in FIGURES},
+            "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
+        }
+        self.epochs.append(record)
+        save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
+        write_results(folder, {"epochs": self.epochs})
+        self.hparams.train_logger.log_stats(
+            {"epoch": epoch, "lr": record["lr"]},
+            train_stats={"loss": record["train_loss"]},
+            valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in (*FIGURES, "ensemble_mAP")}},
+        )
+        return record
+
+    def ensemble_with(self, epoch, scores):
+        """Writes an epoch's scores; returns the figures of the mean of the scores of all epochs up to it."""
+        if self.score_sum is None:
+            self.score_sum = np.zeros(scores.shape)
+            for earlier in range(1, epoch):
+                self.score_sum += np.load(prediction_path(self.hparams.output_folder, f"valid_epoch_{earlier:02d}"))
+        with atomic_write(prediction_path(self.hparams.output_folder, f"valid_epoch_{epoch:02d}")) as temporary:
+            np.save(temporary, scores)
+        self.score_sum += scores
+        return summarize(self.score_sum / epoch, self.stats.targets.numpy())
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Evaluates the weights that are in the modules, where SpeechBrain would load its best checkpoint."""
+
+
+def check_audio(batch):
+    """Raises what went wrong while the sound files of a batch were read.
+
+    Raises
+    ------
+    AudioError
+        The message names the first such file.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> check_audio(SimpleNamespace(error=[None, "a.wav: has no samples"]))
+    Traceback (most recent call last):
+    ...
+    psla_sb.dataio.audio.AudioError: a.wav: has no samples
+    """
+    for error in batch.error:
+        if error is not None:
+            raise AudioError(error)
+
+
+def trained_modules(modules):
+    """Those of a tagger's modules that have weights.
+
+    Example
+    -------
+    >>> linear = torch.nn.Linear(1, 1)
+    >>> trained_modules({"compute_features": torch.nn.Identity(), "embedding_model": linear, "classifier": linear})
+    {'embedding_model': Linear(...), 'classifier': Linear(...)}
+    """
+    return {name: modules[name] for name in ("embedding_model", "classifier")}
+
+
+def prediction_path(folder, name):
+    """Where the scores of a set are, as a float32 array `[clips, classes]` in the annotation's order.
+
+    Example
+    -------
+    >>> str(prediction_path("results", "valid_epoch_03"))
+    'results/predictions/valid_epoch_03.npy'
+    """
+    return Path(folder) / "predictions" / f"{name}.npy"
+
+
+def read_results(folder):
+    """What `results.json` of a run says so far; nothing if there is none.
+
+    Example
+    -------
+    >>> read_results(getfixture("tmp_path"))
+    {}
+    """
+    path = Path(folder) / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_results(folder, results):
+    """Writes `results.json` of a run, whole or not at all.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> write_results(folder, {"epochs": []})
+    >>> read_results(folder)
+    {'epochs': []}
+    """
+    with atomic_write(Path(folder) / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -1,0 +1,86 @@
+"""A SpeechBrain data set over a `Manifest`: what a loader's worker process does with a clip.
+
+A worker decodes, subtracts the clip's mean and cuts; features are computed on the device, a whole batch at a time.
+"""
+
+import signal
+
+import torch
+from speechbrain.dataio.dataset import DynamicItemDataset
+from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
+
+from psla_sb.dataio.audio import AudioError, read_clip
+from psla_sb.dataio.sampler import Draw
+
+STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
+OUTPUT_KEYS = ["id", "index", "sig", "target", "partner", "error"]
+
+
+class TaggingDataset(DynamicItemDataset):
+    """Clips with their multi-hot targets.
+
+    An item is asked for by its row, or by a `Draw` of a batch sampler. It has SpeechBrain's `id`, and `index` (the row), `sig`
+    `[samples]`, `target` `[classes]`, `partner` (whether the clip is in the batch to be mixed into another) and `error`: what is
+    wrong with the sound file, or None. The process that trains raises it, because an exception that crosses from a worker process
+    arrives as a traceback.
+
+    Arguments
+    ---------
+    manifest : Manifest
+        The clips.
+    label_sets : LabelSets
+        Their classes.
+    n_classes : int
+        Number of classes.
+    sample_rate : int
+        Of the waveforms, in Hz.
+    n_samples : int, optional
+        Samples beyond this many are left out.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> from psla_sb.labels.label_sets import LabelSets
+    >>> manifest = Manifest.from_columns(["a"], ["nowhere.wav"], [1.0], ["/m/1"])
+    >>> item = TaggingDataset(manifest, LabelSets.from_lists([[1]]), n_classes=3)[0]
+    >>> item["target"], item["error"]
+    (tensor([0., 1., 0.]), 'nowhere.wav: no such file')
+    """
+
+    def __init__(self, manifest, label_sets, n_classes, sample_rate=16000, n_samples=None):
+        # SpeechBrain's own __init__ makes a dictionary of all rows
+        self.data, self.data_ids = manifest, range(len(manifest))
+
+        @takes("wav")
+        @provides("sig", "error")
+        def audio_pipeline(wav):
+            try:
+                yield read_clip(wav, sample_rate, n_samples)
+                yield None
+            except AudioError as error:
+                yield torch.zeros(1)
+                yield str(error)
+
+        @takes("index")
+        @provides("target")
+        def label_pipeline(index):
+            target = torch.zeros(n_classes)
+            target[torch.from_numpy(label_sets[index]).long()] = 1.0
+            return target
+
+        self.pipeline = DataPipeline(STATIC_KEYS, [audio_pipeline, label_pipeline], OUTPUT_KEYS)
+
+    def __getitem__(self, key):
+        draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
+        return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
+
+
+def ignore_signals(worker_id):
+    """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means.
+
+    Example
+    -------
+    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=ignore_signals)
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,116 @@
+"""A trained model as a folder that `AudioTagger`, and SpeechBrain's `EncoderClassifier`, load from anywhere."""
+
+import io
+from pathlib import Path
+
+import ruamel.yaml
+from ruamel.yaml.comments import CommentedMap
+from safetensors.torch import save_file
+from speechbrain.dataio.encoder import CategoricalEncoder
+
+from psla_sb.checkpoints import atomic_write
+
+MODULES = ("compute_features", "mean_var_norm", "embedding_model", "classifier")
+
+PRETRAINER = """
+pretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer
+    loadables:
+        embedding_model: !ref <embedding_model>
+        classifier: !ref <classifier>
+        label_encoder: !ref <label_encoder>
+    custom_hooks:
+        embedding_model: !name:psla_sb.checkpoints.load_module
+        classifier: !name:psla_sb.checkpoints.load_module
+"""
+
+
+def export_tagger(folder, hparams_file, modules, vocabulary):
+    """Writes `hyperparams.yaml`, `embedding_model.ckpt` and `classifier.ckpt` (safetensors) and `label_encoder.ckpt`.
+
+    The folder holds no path: it can be moved.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to write; made if there is none.
+    hparams_file : str or Path
+        A YAML file with the definitions of the four modules and `sample_rate`: a run's `hyperparams.yaml`.
+    modules : dict of str to torch.nn.Module
+        `embedding_model` and `classifier`, trained.
+    vocabulary : Vocabulary
+        The classes.
+
+    Example
+    -------
+    >>> import torch
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "run.yaml").write_text('''
+    ... sample_rate: 16000
+    ... compute_features: !new:psla_sb.lobes.features.KaldiFbank
+    ... mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
+    ... embedding_model: !new:torch.nn.Identity
+    ... classifier: !new:torch.nn.Linear {in_features: 1, out_features: 2}
+    ... ''')
+    >>> modules = {"embedding_model": torch.nn.Identity(), "classifier": torch.nn.Linear(1, 2)}
+    >>> export_tagger(folder / "tagger", folder / "run.yaml", modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
+    >>> sorted(file.name for file in (folder / "tagger").iterdir())
+    ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
+    """
+    with open(hparams_file, encoding="utf-8") as stream:
+        run = ruamel.yaml.YAML().load(stream)
+    definitions = {name: run[name] for name in ("sample_rate", *MODULES)}
+    if "pretrained" in definitions["embedding_model"]:
+        definitions["embedding_model"]["pretrained"] = None
+    for key, value in definitions["classifier"].items():
+        if (
+            getattr(getattr(value, "tag", None), "value", None) == "!apply:getattr"
+        ):  # what `!ref <embedding_model.out_channels>` became
+            definitions["classifier"][key] = getattr(modules["embedding_model"], value[1])
+    write_tagger(folder, definitions, modules, vocabulary)
+
+
+def write_tagger(folder, definitions, modules, vocabulary):
+    """What `export_tagger` does, with the definitions themselves in place of a run's file.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to write; made if there is none.
+    definitions : dict
+        `sample_rate` and the four modules as YAML nodes, with tags such as `!new:`, that refer to no others.
+    modules : dict of str to torch.nn.Module
+        `embedding_model` and `classifier`, trained.
+    vocabulary : Vocabulary
+        The classes.
+
+    Example
+    -------
+    >>> import torch
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> definitions = ruamel.yaml.YAML().load('''
+    ... sample_rate: 16000
+    ... compute_features: !new:psla_sb.lobes.features.KaldiFbank
+    ... mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
+    ... embedding_model: !new:torch.nn.Identity
+    ... classifier: !new:torch.nn.Linear {in_features: 1, out_features: 2}
+    ... ''')
+    >>> modules = {"embedding_model": torch.nn.Identity(), "classifier": torch.nn.Linear(1, 2)}
+    >>> write_tagger(getfixture("tmp_path"), definitions, modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
+    >>> print((getfixture("tmp_path") / "hyperparams.yaml").read_text().splitlines()[0])
+    sample_rate: 16000
+    """
+    yaml, text = ruamel.yaml.YAML(), io.StringIO()
+    yaml.dump(CommentedMap(definitions), text)
+    text.write("modules:\n" + "".join(f"    {name}: !ref <{name}>\n" for name in MODULES))
+    text.write("label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder\n")
+    yaml.dump({"mids": vocabulary.mids}, text)
+    with atomic_write(Path(folder) / "hyperparams.yaml") as temporary:
+        temporary.write_text(text.getvalue() + PRETRAINER, encoding="utf-8")
+    for name in ("embedding_model", "classifier"):
+        with atomic_write(Path(folder) / f"{name}.ckpt") as temporary:
+            save_file({key: value.cpu().contiguous() for key, value in modules[name].state_dict().items()}, temporary)
+    label_encoder = CategoricalEncoder()
+    label_encoder.update_from_iterable(vocabulary.names)
+    with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:
+        label_encoder.save(temporary)

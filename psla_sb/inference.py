@@ -1,0 +1,194 @@
+"""Tags for any sound, from a folder that `psla_sb.export` wrote."""
+
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import ruamel.yaml
+import torch
+from speechbrain.inference.interfaces import Pretrained
+
+from psla_sb.dataio.audio import read_clip
+from psla_sb.errors import InputError
+from psla_sb.export import MODULES
+from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
+
+# What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
+KNOWN_PARTS = (
+    "!ref",
+    "!new:psla_sb.lobes.",
+    "!name:psla_sb.checkpoints.load_module",
+    "!new:speechbrain.dataio.encoder.CategoricalEncoder",
+    "!new:speechbrain.utils.parameter_transfer.Pretrainer",
+)
+
+
+class Tag(NamedTuple):
+    """A class that a sound was scored for.
+
+    Example
+    -------
+    >>> Tag("Speech", "/m/09x0r", 0.97).label
+    'Speech'
+    """
+
+    label: str
+    mid: str
+    score: float
+
+
+class AudioTagger(Pretrained):
+    """A trained tagger.
+
+    Example
+    -------
+    >>> import soundfile
+    >>> from psla_sb.export import export_tagger
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> folder = getfixture("tmp_path")
+    >>> _ = (folder / "run.yaml").write_text('''
+    ... sample_rate: 16000
+    ... compute_features: !new:psla_sb.lobes.features.KaldiFbank {n_mels: 64}
+    ... mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
+    ... embedding_model: !new:psla_sb.lobes.efficientnet.EfficientNetEncoder {variant: b0}
+    ... classifier: !new:psla_sb.lobes.pooling.MeanPooling {in_channels: 1280, n_classes: 2}
+    ... ''')
+    >>> modules = {"embedding_model": EfficientNetEncoder("b0"), "classifier": MeanPooling(1280, 2)}
+    >>> export_tagger(folder / "tagger", folder / "run.yaml", modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
+    >>> tagger = AudioTagger.from_hparams(source=str(folder / "tagger"))
+    >>> soundfile.write(folder / "sound.wav", [0.0] * 16000, 16000)
+    >>> sorted(tag.label for tag in tagger.tag_file(folder / "sound.wav"))
+    ['Bell', 'Rain']
+    """
+
+    MODULES_NEEDED = MODULES
+    HPARAMS_NEEDED = ("sample_rate", "mids", "label_encoder")
+
+    @classmethod
+    def from_folder(cls, folder, **kwargs):
+        """Loads an exported folder, whose `hyperparams.yaml` may construct nothing but the toolkit's parts.
+
+        `from_hparams` loads the same folder, and any other, but constructs whatever the file names: that can run code.
+
+        Arguments
+        ---------
+        folder : str or Path
+            What `psla_sb.export.export_tagger` wrote.
+        **kwargs
+            For `from_hparams`, such as `run_opts={"device": "cuda:0"}`.
+
+        Raises
+        ------
+        InputError
+            There is no such folder, or its file names other parts.
+        """
+        file = Path(folder) / "hyperparams.yaml"
+        if not file.is_file():
+            raise InputError(f"{folder}: not the folder of a tagger (it has no hyperparams.yaml)")
+        try:
+            tags = {
+                str(event.tag)
+                for event in ruamel.yaml.YAML().parse(file.read_text(encoding="utf-8"))
+                if getattr(event, "tag", None)
+            }
+        except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: not a YAML file: {error}") from None
+        for tag in sorted(tags):
+            if not tag.startswith(KNOWN_PARTS):
+                raise InputError(
+                    f"{file} constructs '{tag}', which is not a part of psla_sb; AudioTagger.from_hparams would run it"
+                )
+        return cls.from_hparams(source=str(folder), **kwargs)
+
+    @classmethod
+    def from_psla_checkpoint(cls, path, labels, padding=PUBLISHED_PADDING, n_frames=AUDIOSET_FRAMES, **kwargs):
+        """Loads a checkpoint of the published PSLA code.
+
+        `python -m psla_sb.interop` writes it as a folder, which loads faster and by itself.
+
+        Arguments
+        ---------
+        path : str or Path
+            The `.pth` file.
+        labels : str or Path
+            The class list, such as AudioSet's `class_labels_indices.csv`.
+        padding : str
+            "symmetric" for official models; see `psla_sb.interop.load_psla_checkpoint`.
+        n_frames : int
+            Frames that the model was trained on: 1056 for AudioSet, 3000 for FSD50K.
+        **kwargs
+            For `from_hparams`, such as `run_opts={"device": "cuda:0"}`.
+
+        Raises
+        ------
+        InputError
+            A file is wrong, or the class list does not fit the model.
+
+        Example
+        -------
+        >>> from psla_sb.interop import save_psla_checkpoint
+        >>> from psla_sb.labels.vocabulary import Vocabulary
+        >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+        >>> from psla_sb.lobes.pooling import MeanPooling
+        >>> folder = getfixture("tmp_path")
+        >>> save_psla_checkpoint(folder / "model.pth", EfficientNetEncoder("b0"), MeanPooling(1280, 2))
+        >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(folder / "labels.csv")
+        >>> tagger = AudioTagger.from_psla_checkpoint(folder / "model.pth", labels=folder / "labels.csv")
+        >>> tagger.tag_batch(torch.zeros(1, 16000)).shape
+        torch.Size([1, 2])
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            psla_to_tagger(path, labels, folder, padding, n_frames)
+            return cls.from_folder(folder, **kwargs)
+
+    def tag_batch(self, wavs, wav_lens=None):
+        """Scores of a batch of waveforms.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, at the model's sample rate.
+        wav_lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, classes]`, in [0, 1].
+        """
+        if wav_lens is not None:
+            wav_lens = wav_lens.to(self.device)
+        with torch.inference_mode(), self.inference_ctx:
+            feats = self.mods.mean_var_norm(self.mods.compute_features(wavs.to(self.device), wav_lens))
+            return self.mods.classifier(self.mods.embedding_model(feats)).clamp(0.0, 1.0)
+
+    def tag_file(self, path, top_k=5):
+        """The best-scored classes of a sound file.
+
+        Arguments
+        ---------
+        path : str or Path
+            Any format, sample rate and number of channels that `psla_sb.dataio.audio.read_audio` reads.
+        top_k : int
+            How many classes.
+
+        Returns
+        -------
+        list of Tag
+            Best first.
+
+        Raises
+        ------
+        AudioError
+            The file cannot be read.
+        """
+        wave = read_clip(path, self.hparams.sample_rate)
+        best = self.tag_batch(wave[None])[0].cpu().topk(min(top_k, len(self.hparams.mids)))
+        return [
+            Tag(self.hparams.label_encoder.ind2lab[i], self.hparams.mids[i], score)
+            for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    forward = tag_batch

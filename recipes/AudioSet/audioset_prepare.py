@@ -1,0 +1,235 @@
+"""Annotations for AudioSet: its segment lists matched with the sound files that there are.
+
+The official files (`balanced_train_segments.csv`, `class_labels_indices.csv`, ...) lie in the data folder; the clips lie in its
+folder `audio`, or anywhere below the data folder if there is no such folder, at any depth and under any of the names
+`<id>.wav`, `Y<id>.wav`, `<id>_<start>_<end>.wav` (or .flac, .mp3, .ogg), where `<id>` is the YouTube ID of 11 characters.
+"""
+
+import csv
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from speechbrain.dataio import audio_io
+from speechbrain.utils.logger import get_logger
+from tqdm import tqdm
+
+from psla_sb.checkpoints import atomic_write
+from psla_sb.dataio.audio import AUDIO_SUFFIXES
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.errors import InputError
+
+logger = get_logger(__name__)
+
+SEGMENT = r'^(?P<id>[-_A-Za-z0-9]{11}), (?P<start>[0-9.]+), (?P<end>[0-9.]+), "(?P<mids>/[^",]+(?:,/[^",]+)*)"$'
+FILE_NAME = r"^Y?(?P<id>[-_A-Za-z0-9]{11})(?:_[0-9.]+){0,2}\.[A-Za-z0-9]+$"
+FILES_AT_ONCE = 256
+
+
+def prepare_audioset(data_folder, train_annotation, train_segments, eval_annotation, eval_segments, n_threads=8):
+    """Writes the training and the evaluation annotation, and beside each a list of the clips that it had to leave out.
+
+    Nothing is done if both annotations are there and were made from the same segment lists, even if clips have come or gone
+    since: a run that goes on after an interruption needs the very clips that it began with. Delete the annotations to look for
+    clips again.
+
+    Arguments
+    ---------
+    data_folder : str or Path
+        The folder with the segment lists and the clips.
+    train_annotation, eval_annotation : str or Path
+        The CSV files to write.
+    train_segments, eval_segments : list of str
+        Names of segment lists in the data folder; the clips of all of them together make up the set.
+    n_threads : int
+        Files that are opened at a time.
+
+    Raises
+    ------
+    InputError
+        A segment list is missing or is not in the official form, or none of its clips is found.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.mini import write_mini_audioset
+    >>> folder = getfixture("tmp_path")
+    >>> _ = write_mini_audioset(folder, n_train=4, n_eval=2, seconds=0.5)
+    >>> prepare_audioset(
+    ...     folder, folder / "train.csv", ["balanced_train_segments.csv"], folder / "eval.csv", ["eval_segments.csv"]
+    ... )
+    >>> len(Manifest.from_csv(folder / "eval.csv", data_root=folder))
+    2
+    """
+    sets = [(Path(train_annotation), train_segments), (Path(eval_annotation), eval_segments)]
+    data_folder = Path(data_folder)
+    if not data_folder.is_dir():
+        raise InputError(f"{data_folder}: no such folder; data_folder is where AudioSet's segment lists and clips are")
+    lists = [data_folder / name for _, names in sets for name in names]
+    for path in lists:
+        if not path.is_file():
+            raise InputError(f"{path}: no such segment list; get it from https://research.google.com/audioset/download.html")
+    made_from = json.dumps([str(data_folder), *((str(path), path.stat().st_size, path.stat().st_mtime) for path in lists)])
+    stamps = [annotation.with_suffix(".made_from.json") for annotation, _ in sets]
+    if all(
+        annotation.exists() and stamp.exists() and stamp.read_text() == made_from
+        for (annotation, _), stamp in zip(sets, stamps, strict=True)
+    ):
+        logger.info(
+            "The annotations %s and %s are there already and are used as they are; if clips were added or removed since, delete "
+            "both, or choose another output folder, and they are made again.",
+            *(annotation for annotation, _ in sets),
+        )
+        return
+    audio_folder = data_folder / "audio" if (data_folder / "audio").is_dir() else data_folder
+    ids, paths = find_clips(audio_folder)
+    for (annotation, names), stamp in zip(sets, stamps, strict=True):
+        write_annotation(annotation, [data_folder / name for name in names], data_folder, audio_folder, ids, paths, n_threads)
+        with atomic_write(stamp) as temporary:
+            temporary.write_text(made_from)
+
+
+def read_segments(path):
+    """A segment list as columns.
+
+    Returns
+    -------
+    pyarrow.StructArray
+        Fields `id`, `start` and `end` (seconds, as text) and `mids` (joined by `,`).
+
+    Raises
+    ------
+    InputError
+        A line is not in the official form: the message has its number.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "eval_segments.csv"
+    >>> _ = path.write_text('# a\\n# b\\n# YTID, ...\\n--4gqARaEJE, 0.000, 10.000, "/m/068hy,/m/07q6cd_"\\n')
+    >>> read_segments(path)[0]["mids"].as_py()
+    '/m/068hy,/m/07q6cd_'
+    """
+    lines = pc.split_pattern(
+        pa.array([Path(path).read_text(encoding="utf-8", errors="replace")], pa.large_string()), "\n"
+    ).flatten()
+    numbers = np.flatnonzero(pc.invert(pc.or_(pc.starts_with(lines, "#"), pc.equal(lines, ""))).to_numpy(zero_copy_only=False))
+    lines = lines.take(pa.array(numbers))
+    segments = pc.extract_regex(lines, SEGMENT)
+    bad = np.flatnonzero(pc.is_null(segments).to_numpy(zero_copy_only=False))
+    if len(bad) or len(lines) == 0:
+        first = f"line {numbers[bad[0]] + 1} is {lines[int(bad[0])].as_py()!r}" if len(bad) else "it has no segments"
+        raise InputError(
+            f"{path}: not AudioSet's segment list as published: {first}, where it should be like "
+            "'--PJHxphWEs, 30.000, 40.000, \"/m/09x0r,/t/dd00088\"' (a copy saved by a spreadsheet is not). "
+            "Get the file again from https://research.google.com/audioset/download.html"
+        )
+    return segments
+
+
+def find_clips(folder):
+    """The sound files below a folder whose names tell which clip they are.
+
+    Returns
+    -------
+    (pyarrow.Array, pyarrow.Array)
+        IDs, and paths relative to the folder, in the order of the paths.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> for name in ("-abcdefghij.wav", "Y_abcdefghij.flac", "Yabcdefghij_30.000_40.000.mp3", "notes.txt"):
+    ...     (folder / name).touch()
+    >>> find_clips(folder)[0].to_pylist()
+    ['-abcdefghij', '_abcdefghij', 'Yabcdefghij']
+    """
+    paths = pa.concat_arrays(
+        [
+            pa.array(
+                [
+                    # names that are not UTF-8 are no clips of AudioSet, but may lie about
+                    os.fsencode(os.path.relpath(os.path.join(top, name), folder)).decode(errors="replace")
+                    for name in names
+                    if name.lower().endswith(AUDIO_SUFFIXES)
+                ],
+                pa.string(),
+            )
+            for top, _, names in tqdm(
+                os.walk(folder, followlinks=True), desc=f"Looking for clips in {folder}", unit=" folders", disable=None
+            )
+        ]
+        or [pa.array([], pa.string())]
+    )
+    paths = paths.take(pc.sort_indices(paths))
+    ids = pc.struct_field(pc.extract_regex(pc.replace_substring_regex(paths, r"^.*/", ""), FILE_NAME), "id")
+    return ids.filter(ids.is_valid()), paths.filter(ids.is_valid())
+
+
+def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads):
+    """Writes the clips of segment lists that are there as an annotation, and `<annotation>_left_out.csv` with the others.
+
+    Arguments
+    ---------
+    annotation : Path
+        The CSV file to write.
+    segment_lists : list of Path
+        Official segment lists.
+    data_folder, audio_folder : Path
+        Paths in the annotation are relative to the former, `paths` to the latter.
+    ids, paths : pyarrow.Array
+        The clips that there are, see `find_clips`.
+    n_threads : int
+        Files that are opened at a time.
+
+    Raises
+    ------
+    InputError
+        None of the clips can be used.
+    """
+    segments = pa.concat_arrays([read_segments(path) for path in segment_lists])
+    wanted, mids = pc.struct_field(segments, "id").cast(pa.string()), pc.struct_field(segments, "mids").cast(pa.string())
+    places = pc.index_in(wanted, value_set=ids)
+    found = paths.take(places)
+    durations = np.full(len(segments), np.nan)
+
+    def open_files(rows):
+        for row in rows:
+            if found[row].is_valid:
+                try:
+                    durations[row] = audio_io.info(os.path.join(audio_folder, found[row].as_py())).duration
+                except Exception:
+                    durations[row] = 0.0
+
+    jobs = [range(start, min(start + FILES_AT_ONCE, len(segments))) for start in range(0, len(segments), FILES_AT_ONCE)]
+    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=len(segments), desc=annotation.name, unit=" clips", disable=None) as bar:
+        for rows, _ in zip(jobs, pool.map(open_files, jobs), strict=True):
+            bar.update(len(rows))
+    missing, usable = np.isnan(durations), durations > 0
+    left_out = annotation.with_name(f"{annotation.stem}_left_out.csv")
+    with atomic_write(left_out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["ID", "reason", "file"])
+        for row in np.flatnonzero(~usable):
+            reason = "no file" if missing[row] else "cannot be read as sound, or is empty"
+            writer.writerow([wanted[row], reason, found[row].as_py() or ""])
+    names = " + ".join(path.name for path in segment_lists)
+    summary = f"{names}: {len(segments)} clips, {usable.sum()} usable, {missing.sum()} without a file, "
+    summary += f"{(~usable & ~missing).sum()} that cannot be read"
+    if not usable.any():
+        raise InputError(
+            f"{summary}. Looked below {audio_folder} for <id>, Y<id> and <id>_<start>_<end> with the endings "
+            f"{', '.join(AUDIO_SUFFIXES)}, for example {wanted[0]}.wav; there are {len(paths)} files of such names, "
+            f"{'none' if missing.all() else 'no readable one'} of a clip in the list."
+        )
+    keep = pa.array(usable)
+    prefix = os.path.join("{data_root}", os.path.relpath(audio_folder, data_folder), "").replace("/./", "/")
+    Manifest.from_columns(
+        wanted.filter(keep),
+        pc.binary_join_element_wise(prefix, found.filter(keep), ""),
+        durations[usable].round(3),
+        pc.replace_substring(mids.filter(keep), ",", ";"),
+        source=annotation,
+    ).to_csv(annotation)
+    logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {left_out}")

@@ -1,0 +1,127 @@
+"""psla-tag, on the tagger of a tiny run."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from psla_sb.cli import tag
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.inference import AudioTagger
+
+N_CLASSES = 39
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return str(tiny_run[0] / "tagger")
+
+
+@pytest.fixture(scope="module")
+def sounds(tiny_run, mini_data):
+    manifest = Manifest.from_csv(tiny_run[0] / "eval.csv", data_root=mini_data)
+    return [manifest[0]["wav"], manifest[1]["wav"]]
+
+
+def status_of(*arguments):
+    with pytest.raises(SystemExit) as caught:
+        tag([str(argument) for argument in arguments])
+    return caught.value.code
+
+
+def test_table(model, sounds, capsys):
+    assert status_of(*sounds, "--model", model, "--top-k", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tags = AudioTagger.from_folder(model).tag_file(sounds[1], top_k=3)
+    assert len(lines) == 8
+    assert [lines[0], lines[4]] == sounds
+    assert lines[5:] == [f"  {tag.score:.3f}  {tag.label}" for tag in tags]
+
+
+def test_json(model, sounds, capsys):
+    assert status_of("--model", model, "--format", "json", *sounds) == 0
+    answers = json.loads(capsys.readouterr().out)
+    assert list(answers) == sounds
+    for sound in sounds:
+        tags = AudioTagger.from_folder(model).tag_file(sound)
+        assert answers[sound] == [tag._asdict() for tag in tags]
+        assert len(tags) == 5
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_broken_files_among_others(form, model, sounds, tmp_path, capsys):
+    (tmp_path / "text.wav").write_text("no sound")
+    files = [tmp_path / "none.wav", sounds[0], tmp_path, tmp_path / "text.wav", sounds[1]]
+    assert status_of(*files, "--model", model, "--format", form) == 1
+    done = capsys.readouterr()
+    for sound in sounds:
+        assert sound in done.out
+    assert str(tmp_path) not in done.out
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert [line.split(": ")[1] for line in errors] == [str(tmp_path / "none.wav"), str(tmp_path), str(tmp_path / "text.wav")]
+    assert "Traceback" not in done.err
+
+
+def test_more_tags_than_classes(model, sounds, capsys):
+    assert status_of(sounds[0], "--model", model, "--top-k", 1000) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1 + N_CLASSES
+
+
+def test_truncated_weights_are_named(model, sounds, tmp_path, capsys):
+    folder = tmp_path / "tagger"
+    shutil.copytree(model, folder)
+    weights = folder / "classifier.ckpt"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert status_of(sounds[0], "--model", folder) == 2
+    assert f"{weights}: not a whole safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.wav"], "--model FOLDER, the folder of a trained tagger. A training run writes one:"),
+        (["a.wav"], "make demo"),
+        (["a.wav", "--model", "/nowhere"], "/nowhere: not the folder of a tagger"),
+        (["a.wav", "--model", "/"], "/: not the folder of a tagger"),
+        (["a.wav", "--model", "x", "--top-k", "0"], "--top-k must be 1 or more"),
+        (["a.wav", "--model", "x", "--top-k", "many"], "invalid int value: 'many'"),
+        (["a.wav", "--model", "x", "--format", "xml"], "invalid choice: 'xml'"),
+        (["a.wav", "--model", "x", "--device", "qpu"], "--device qpu cannot be used"),
+        (["a.wav", "--model", "x", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--model", "x"], "FILE"),
+    ],
+)
+def test_wrong_command_line(arguments, message, capsys):
+    assert status_of(*arguments) == 2
+    done = capsys.readouterr()
+    assert message in done.err
+    assert done.out == ""
+
+
+def test_help_imports_nothing_slow():
+    code = """
+import sys
+from psla_sb.cli import tag
+try:
+    tag(["--help"])
+except SystemExit as stop:
+    assert stop.code == 0
+try:
+    tag(["a.wav"])
+except SystemExit as stop:
+    assert stop.code == 2
+assert not {"torch", "speechbrain", "numpy"} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in ("FILE", "--model", "--top-k", "--format", "--device"):
+        assert option in done.stdout
+
+
+def test_is_installed_as_psla_tag():
+    from importlib.metadata import entry_points
+
+    (script,) = entry_points(group="console_scripts", name="psla-tag")
+    assert script.load() is tag

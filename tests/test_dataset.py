@@ -1,0 +1,87 @@
+"""TaggingDataset behind SpeechBrain's loader, as training uses it."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.dataio.dataloader import SaveableDataLoader
+
+from psla_sb.dataio.audio import read_clip
+from psla_sb.dataio.dataset import TaggingDataset, ignore_signals
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.sampler import BalancedSampler, Draw, MixupBatchSampler
+from psla_sb.labels.label_sets import LabelSets
+
+LABELS = [[0], [2, 1], [], [3], [0, 3], [1], [2]]
+BROKEN = 3
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Seven clips of different lengths, of which one is a text file."""
+    rng = np.random.default_rng(0)
+    for i in range(len(LABELS)):
+        soundfile.write(tmp_path / f"{i}.wav", rng.uniform(-1, 1, 500 + 100 * i), 16000)
+    (tmp_path / f"{BROKEN}.wav").write_text("no sound")
+    manifest = Manifest.from_columns(
+        [f"-{i}" for i in range(len(LABELS))],
+        [f"{{data_root}}/{i}.wav" for i in range(len(LABELS))],
+        [1.0] * len(LABELS),
+        [""] * len(LABELS),
+        data_root=tmp_path,
+    )
+    return TaggingDataset(manifest, LabelSets.from_lists(LABELS), n_classes=4, n_samples=900)
+
+
+def test_items(dataset, tmp_path):
+    assert len(dataset) == len(LABELS)
+    for i, labels in enumerate(LABELS):
+        item = dataset[i]
+        assert (item["id"], item["index"], item["partner"]) == (f"-{i}", i, False)
+        assert torch.equal(item["target"], torch.tensor([float(c in labels) for c in range(4)]))
+        if i != BROKEN:
+            assert item["error"] is None
+            assert torch.equal(item["sig"], read_clip(tmp_path / f"{i}.wav", n_samples=900))
+
+
+def loader_batches(dataset, num_workers, epoch=1):
+    sampler = MixupBatchSampler(BalancedSampler(np.ones(len(LABELS)), replacement=False, seed=5), len(LABELS), 4, seed=5)
+    sampler.set_epoch(epoch)
+    kwargs = {"num_workers": num_workers, "worker_init_fn": ignore_signals, "collate_fn": PaddedBatch}
+    return list(sampler), list(SaveableDataLoader(dataset, batch_sampler=sampler, **kwargs))
+
+
+def test_batches_with_and_without_workers(dataset, tmp_path):
+    draws, batches = loader_batches(dataset, num_workers=0)
+    _, others = loader_batches(dataset, num_workers=2)
+    assert [len(batch) for batch in batches] == [6, 5]
+    for drawn, batch, other in zip(draws, batches, others, strict=True):
+        assert list(batch.index) == list(other.index) == [draw.index for draw in drawn]
+        assert list(batch.partner) == list(other.partner) == [draw.partner for draw in drawn]
+        assert list(batch.id) == list(other.id) == [f"-{draw.index}" for draw in drawn]
+        assert list(batch.error) == list(other.error)
+        for key in ("sig", "target"):
+            assert torch.equal(getattr(batch, key).data, getattr(other, key).data)
+            assert torch.equal(getattr(batch, key).lengths, getattr(other, key).lengths)
+        for i, draw in enumerate(drawn):
+            if draw.index != BROKEN:
+                clip = read_clip(tmp_path / f"{draw.index}.wav", n_samples=900)
+                assert torch.equal(batch.sig.data[i, : len(clip)], clip)
+                assert not batch.sig.data[i, len(clip) :].any()
+                assert batch.sig.lengths[i] == pytest.approx(len(clip) / batch.sig.data.shape[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_file_arrives_as_a_value(num_workers, dataset, tmp_path):
+    _, batches = loader_batches(dataset, num_workers)
+    errors = {int(i): error for batch in batches for i, error in zip(batch.index, batch.error, strict=True)}
+    assert sorted(errors) == list(range(len(LABELS)))
+    assert errors.pop(BROKEN).startswith(f"{tmp_path / f'{BROKEN}.wav'}: cannot be decoded")
+    assert set(errors.values()) == {None}
+
+
+def test_a_draw_carries_its_place_in_the_epoch(dataset):
+    dataset.add_dynamic_item(lambda epoch, position: (epoch, position), ["epoch", "position"], "seed")
+    dataset.set_output_keys(["seed", "partner"])
+    assert dataset[Draw(index=2, epoch=4, position=77, partner=True)] == {"seed": (4, 77), "partner": True}
