@@ -22,7 +22,7 @@ from psla_sb.aggregation import average_weights
 from psla_sb.brain import FIGURES, TaggingBrain, prediction_path, read_results, trained_modules, write_results
 from psla_sb.checkpoints import atomic_write, load_into, load_weights, save_weights, snapshot_path
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import TaggingDataset, ignore_signals
+from psla_sb.dataio.dataset import TaggingDataset, end_workers, ignore_signals
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
@@ -142,6 +142,7 @@ def main(recipe, arguments=None):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     finally:
+        end_workers()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -188,6 +189,8 @@ def run(hparams_file, run_opts, overrides):
             f"{hparams['class_list']} has {len(vocabulary)} classes, but n_classes is {hparams['n_classes']}: "
             f"pass --n_classes={len(vocabulary)}"
         )
+    # with it a snapshot can be loaded from the run's folder alone
+    run_on_main(vocabulary.to_csv, [Path(folder) / "class_labels_indices.csv"])
     brain = TaggingBrain(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])

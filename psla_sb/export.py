@@ -57,17 +57,35 @@ def export_tagger(folder, hparams_file, modules, vocabulary):
     >>> sorted(file.name for file in (folder / "tagger").iterdir())
     ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
     """
+    write_tagger(folder, read_definitions(hparams_file), modules, vocabulary)
+
+
+def read_definitions(hparams_file):
+    """The definitions of a tagger's four modules in a YAML file, without pretrained weights.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        A run's or a tagger's `hyperparams.yaml`.
+
+    Returns
+    -------
+    dict
+        `sample_rate` and the four modules as YAML nodes.
+
+    Example
+    -------
+    >>> file = getfixture("tmp_path") / "run.yaml"
+    >>> _ = file.write_text("lr: 1\\nsample_rate: 16000\\n" + "".join(f"{name}: {{}}\\n" for name in MODULES))
+    >>> list(read_definitions(file))
+    ['sample_rate', 'compute_features', 'mean_var_norm', 'embedding_model', 'classifier']
+    """
     with open(hparams_file, encoding="utf-8") as stream:
         run = ruamel.yaml.YAML().load(stream)
     definitions = {name: run[name] for name in ("sample_rate", *MODULES)}
     if "pretrained" in definitions["embedding_model"]:
         definitions["embedding_model"]["pretrained"] = None
-    for key, value in definitions["classifier"].items():
-        if (
-            getattr(getattr(value, "tag", None), "value", None) == "!apply:getattr"
-        ):  # what `!ref <embedding_model.out_channels>` became
-            definitions["classifier"][key] = getattr(modules["embedding_model"], value[1])
-    write_tagger(folder, definitions, modules, vocabulary)
+    return definitions
 
 
 def write_tagger(folder, definitions, modules, vocabulary):
@@ -78,7 +96,7 @@ def write_tagger(folder, definitions, modules, vocabulary):
     folder : str or Path
         Where to write; made if there is none.
     definitions : dict
-        `sample_rate` and the four modules as YAML nodes, with tags such as `!new:`, that refer to no others.
+        `sample_rate` and the four modules as YAML nodes, with tags such as `!new:`.
     modules : dict of str to torch.nn.Module
         `embedding_model` and `classifier`, trained.
     vocabulary : Vocabulary
@@ -100,6 +118,10 @@ def write_tagger(folder, definitions, modules, vocabulary):
     >>> print((getfixture("tmp_path") / "hyperparams.yaml").read_text().splitlines()[0])
     sample_rate: 16000
     """
+    for key, value in definitions["classifier"].items():
+        # what `!ref <embedding_model.out_channels>` became
+        if getattr(getattr(value, "tag", None), "value", None) == "!apply:getattr":
+            definitions["classifier"][key] = getattr(modules["embedding_model"], value[1])
     yaml, text = ruamel.yaml.YAML(), io.StringIO()
     yaml.dump(CommentedMap(definitions), text)
     text.write("modules:\n" + "".join(f"    {name}: !ref <{name}>\n" for name in MODULES))
@@ -110,7 +132,19 @@ def write_tagger(folder, definitions, modules, vocabulary):
     for name in ("embedding_model", "classifier"):
         with atomic_write(Path(folder) / f"{name}.ckpt") as temporary:
             save_file({key: value.cpu().contiguous() for key, value in modules[name].state_dict().items()}, temporary)
-    label_encoder = CategoricalEncoder()
-    label_encoder.update_from_iterable(vocabulary.names)
     with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:
-        label_encoder.save(temporary)
+        label_encoder(vocabulary).save(temporary)
+
+
+def label_encoder(vocabulary):
+    """SpeechBrain's encoder of the display names.
+
+    Example
+    -------
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> label_encoder(Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"])).ind2lab
+    {0: 'Bell', 1: 'Rain'}
+    """
+    encoder = CategoricalEncoder()
+    encoder.update_from_iterable(vocabulary.names)
+    return encoder

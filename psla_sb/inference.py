@@ -1,17 +1,22 @@
 """Tags for any sound, from a folder that `psla_sb.export` wrote."""
 
+import io
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import ruamel.yaml
 import torch
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.inference.interfaces import Pretrained
 
+from psla_sb.brain import read_results, trained_modules
+from psla_sb.checkpoints import load_into, load_weights, snapshot_path
 from psla_sb.dataio.audio import read_clip
 from psla_sb.errors import InputError
-from psla_sb.export import MODULES
+from psla_sb.export import MODULES, label_encoder, read_definitions
 from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
+from psla_sb.labels.vocabulary import Vocabulary
 
 # What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
 KNOWN_PARTS = (
@@ -143,6 +148,89 @@ class AudioTagger(Pretrained):
             psla_to_tagger(path, labels, folder, padding, n_frames)
             return cls.from_folder(folder, **kwargs)
 
+    @classmethod
+    def from_experiment(cls, folder, weights="average", **kwargs):
+        """Loads what a training run wrote.
+
+        Arguments
+        ---------
+        folder : str or Path
+            The run's `output_folder`.
+        weights : str or int
+            "average" (of the last epochs), "best" (on the validation set), "last", or the number of an epoch.
+        **kwargs
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+
+        Raises
+        ------
+        InputError
+            It is not the folder of a run, or these weights are not there.
+        """
+        epochs = read_results(folder).get("epochs")
+        if not epochs:
+            raise InputError(f"{folder}: not the output folder of a run that has trained an epoch")
+        named = {"last": epochs[-1]["epoch"], "best": max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]}
+        if weights == "average":
+            return cls.from_snapshot(Path(folder) / "snapshots" / "average.safetensors", **kwargs)
+        return cls.from_snapshot(snapshot_path(folder, int(named.get(weights, weights))), **kwargs)
+
+    @classmethod
+    def from_snapshot(cls, path, **kwargs):
+        """Loads a snapshot of a training run, from the run's folder.
+
+        Arguments
+        ---------
+        path : str or Path
+            Such as `results/psla/1/snapshots/epoch_30.safetensors`.
+        **kwargs
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+
+        Raises
+        ------
+        InputError
+            There is no such file, it is not whole, or it does not fit the model of the run.
+        """
+        state, run = load_weights(path), Path(path).resolve().parents[1]
+        if not (run / "hyperparams.yaml").is_file():
+            raise InputError(f"{path}: beside its folder there is no hyperparams.yaml that says what model it is of")
+        text = io.StringIO()
+        ruamel.yaml.YAML().dump(read_definitions(run / "hyperparams.yaml"), text)
+        hparams = load_hyperpyyaml(text.getvalue())
+        modules = {name: hparams[name] for name in MODULES}
+        load_into(trained_modules(modules), state, path)
+        vocabulary = Vocabulary.from_csv(run / "class_labels_indices.csv")
+        hparams |= {"mids": vocabulary.mids, "label_encoder": label_encoder(vocabulary)}
+        return cls(modules, hparams, **kwargs)
+
+    @classmethod
+    def from_any(cls, source, labels=None, **kwargs):
+        """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a checkpoint of the published code.
+
+        Arguments
+        ---------
+        source : str or Path
+            A folder, a `.safetensors` or a `.pth` file.
+        labels : str or Path, optional
+            The class list, for a checkpoint of the published code.
+        **kwargs
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+
+        Raises
+        ------
+        InputError
+            It is none of these.
+        """
+        source = Path(source)
+        if (source / "results.json").is_file():
+            return cls.from_experiment(source, **kwargs)
+        if source.is_dir():
+            return cls.from_folder(source, **kwargs)
+        if source.suffix == ".safetensors":
+            return cls.from_snapshot(source, **kwargs)
+        if labels is None:
+            raise InputError(f"{source}: a checkpoint of the published code needs a class list beside it, see --labels")
+        return cls.from_psla_checkpoint(source, labels, **kwargs)
+
     def tag_batch(self, wavs, wav_lens=None):
         """Scores of a batch of waveforms.
 
@@ -160,8 +248,23 @@ class AudioTagger(Pretrained):
         """
         if wav_lens is not None:
             wav_lens = wav_lens.to(self.device)
+        with torch.inference_mode():
+            return self.tag_features(self.mods.mean_var_norm(self.mods.compute_features(wavs.to(self.device), wav_lens)))
+
+    def tag_features(self, feats):
+        """Scores of a batch of normalised features.
+
+        Arguments
+        ---------
+        feats : torch.Tensor
+            `[batch, frames, mels]`, on the tagger's device.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, classes]`, in [0, 1].
+        """
         with torch.inference_mode(), self.inference_ctx:
-            feats = self.mods.mean_var_norm(self.mods.compute_features(wavs.to(self.device), wav_lens))
             return self.mods.classifier(self.mods.embedding_model(feats)).clamp(0.0, 1.0)
 
     def tag_file(self, path, top_k=5):

@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import ruamel.yaml
 import torch
-from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from speechbrain.utils.logger import get_logger
 from torch import nn
 
@@ -232,13 +231,13 @@ def load_pretrained_tagger(source, modules):
     fits = _shapes(trained["classifier"]) == _shapes(pooling.state_dict())
     if fits:
         pooling.load_state_dict(trained["classifier"])
-    if padding is not None and isinstance(encoder, EfficientNetEncoder) and padding != _padding_of(encoder):
+    if padding is not None and isinstance(encoder, EfficientNetEncoder) and padding != encoder.padding:
         logger.warning(
             "%s was trained with padding '%s', but the model pads '%s': its outputs will differ. Set the padding of "
             "embedding_model, if that is not meant.",
             source,
             padding,
-            _padding_of(encoder),
+            encoder.padding,
         )
     names = {part: [f"{part}.{key}" for key in trained[part]] for part in ("embedding_model", "classifier")}
     if fits:
@@ -288,12 +287,6 @@ def _padding_in(hparams_file):
         return ruamel.yaml.YAML().load(hparams_file.read_text(encoding="utf-8"))["embedding_model"].get("padding", "tensorflow")
     except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{hparams_file}: does not define an embedding_model ({error!r})") from None
-
-
-def _padding_of(encoder):
-    """A strided convolution's missing pixels are odd in number somewhere in every variant: there the paddings differ."""
-    paddings = [conv.static_padding for conv in encoder.modules() if isinstance(conv, Conv2dStaticSamePadding)]
-    return "tensorflow" if any(isinstance(padding, nn.ZeroPad2d) for padding in paddings) else "symmetric"
 
 
 def _below(name, state):

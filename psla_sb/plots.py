@@ -232,12 +232,12 @@ def class_ap(names, ap, train_counts, path, title="Average precision per class")
 
 
 def _log_counts(axes, axis, counts, room=2):
-    """A logarithmic axis that has a place for 0; ticks are few enough for a narrow one."""
-    largest = max(10, counts.max(initial=0))
-    ticks = [0, *10.0 ** np.arange(1, np.log10(largest) + 0.01, 1 if largest < 10_000 else 2)]
-    axes.set(
-        **{f"{axis}scale": SymmetricalLogScale(None, linthresh=1), f"{axis}lim": (-0.5, room * largest), f"{axis}ticks": ticks}
-    )
+    """A logarithmic axis, with a place for 0 if needed; ticks are few enough for a narrow one."""
+    least, most = counts.min(initial=10), counts.max(initial=10)
+    lowest = least / 2 if least else -0.5
+    powers = np.arange(np.ceil(np.log10(lowest)) if least else 1, np.log10(most) + 0.01, 1 if most < 10_000 else 2)
+    axes.set(**{f"{axis}scale": SymmetricalLogScale(None, linthresh=1), f"{axis}lim": (lowest, room * most)})
+    axes.set(**{f"{axis}ticks": [*([] if least else [0]), *10.0**powers]})
     getattr(axes, f"{axis}axis").set_major_formatter(EngFormatter(sep=""))
 
 

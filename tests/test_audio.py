@@ -85,7 +85,11 @@ def write_cut(path, n_bytes):
     [
         ("none.wav", lambda path: None, "no such file"),
         ("folder.wav", lambda path: path.mkdir(), "is a folder"),
-        ("text.wav", lambda path: path.write_text("these are no sounds " * 99), "cannot be decoded as sound .Format not recognised"),
+        (
+            "text.wav",
+            lambda path: path.write_text("these are no sounds " * 99),
+            "cannot be decoded as sound .Format not recognised",
+        ),
         ("empty.wav", lambda path: path.write_bytes(b""), "cannot be decoded"),
         ("headerless.raw", lambda path: path.write_bytes(b"abc"), "cannot be decoded"),
         ("cut.flac", lambda path: write_cut(path, 3000), "cannot be decoded"),

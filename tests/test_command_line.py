@@ -53,7 +53,9 @@ def test_references_and_lists_reach_the_file():
 
 
 def test_run_options():
-    _, options, values = CommandLine.from_command_line_args(["a.yaml", "--device=cpu", "--optimizer_step_limit=7", "--debug", "--lr", "1"])
+    _, options, values = CommandLine.from_command_line_args(
+        ["a.yaml", "--device=cpu", "--optimizer_step_limit=7", "--debug", "--lr", "1"]
+    )
     assert (options.device, options.optimizer_step_limit, options.debug, values) == ("cpu", 7, True, {"lr": 1})
     assert {"device", "optimizer_step_limit", "debug"} <= options.overridden_args
 
@@ -201,7 +203,12 @@ def test_broken_sound_file_ends_the_run(broken, num_workers, own, capsys):
         (None, None, {"n_classes": 4}, "classes.csv has 3 classes, but n_classes is 4: pass --n_classes=3"),
         ("classes.csv", "index,mid,display_name\n0,dog,Dog\n2,bird,Bird\n3,cat,Cat\n", {}, "classes.csv, row 3"),
         ("classes.csv", "", {}, "classes.csv"),
-        ("train.csv", "ID,wav,duration,labels\na,a.wav,1,fish\n", {}, "train.csv, clip 'a': the label 'fish' is not in the class list"),
+        (
+            "train.csv",
+            "ID,wav,duration,labels\na,a.wav,1,fish\n",
+            {},
+            "train.csv, clip 'a': the label 'fish' is not in the class list",
+        ),
         ("valid.csv", "ID,wav,duration,labels\n", {}, "valid.csv: no clips in it"),
         (None, None, {"train_annotation": "/none.csv"}, "/none.csv: no such annotation file"),
         (None, None, {"class_list": "/none.csv"}, "/none.csv"),

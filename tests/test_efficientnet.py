@@ -276,3 +276,17 @@ def test_download(monkeypatch, tmp_path, imagenet_state, name, file):
     assert path.startswith(str(tmp_path / "checkpoints" / file))
     torch.save(imagenet_state, path)
     assert torch.equal(EfficientNetEncoder("b0", name)._bn1.weight, imagenet_state["_bn1.weight"])
+
+
+def test_width_and_depth_scale_the_network_as_the_package_does():
+    theirs = EfficientNet.from_name(
+        "efficientnet-b0", in_channels=1, include_top=False, width_coefficient=0.5, depth_coefficient=0.5
+    )
+    ours = EfficientNetEncoder("b0", width=0.5, depth=0.5).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(1, 1, 64, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x[:, 0].transpose(1, 2)), theirs.eval().extract_features(x), atol=1e-5, rtol=1e-5)
+    assert ours.out_channels == 640
+    with pytest.raises(ValueError, match="width must be above 0"):
+        EfficientNetEncoder("b0", width=0)

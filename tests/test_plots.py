@@ -31,6 +31,7 @@ def drawn_texts(figure):
 
     def recording(self, renderer, *args, **kwargs):
         if self.get_visible() and self.get_text().strip():
+            assert not self.get_parse_math()
             drawn.append((self.get_text(), Text.get_window_extent(self, renderer)))
         return draw(self, renderer, *args, **kwargs)
 
@@ -174,7 +175,7 @@ def clip(i, n_frames=100, **kwargs):
     features = np.random.default_rng(i).normal(-8, 3, (n_frames, 64))
     names = [LONGEST, "Rain", "Bell", "$x$_1", "W" * 60]
     tags = list(zip(names, np.linspace(1.0, 0.1, 5), strict=True))
-    labels = (["Rain", "Church bell"], [*names, "Siren"] * 3, [])[i % 3]
+    labels = (["Rain", "Church bell"], ["Rain", LONGEST, "Siren"] * 3, [])[i % 3]
     return {"title": f"_clip$_{i}", "features": features, "shift": 0.01, "labels": labels, "tags": tags, **kwargs}
 
 

@@ -3,11 +3,13 @@
 A worker decodes, subtracts the clip's mean and cuts; features are computed on the device, a whole batch at a time.
 """
 
+import gc
 import signal
 
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, read_clip
 from psla_sb.dataio.sampler import Draw
@@ -76,7 +78,7 @@ class TaggingDataset(DynamicItemDataset):
 
 
 def ignore_signals(worker_id):
-    """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means.
+    """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means. It must call `end_workers`.
 
     Example
     -------
@@ -84,3 +86,19 @@ def ignore_signals(worker_id):
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """Ends the worker processes of all loaders, also in the middle of an epoch.
+
+    Python ends those that are left at its exit by a signal, and waits for ever for those that ignore it.
+
+    Example
+    -------
+    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=ignore_signals)
+    >>> iterator = iter(loader)
+    >>> end_workers()
+    """
+    for candidate in gc.get_objects():
+        if type(candidate) is _MultiProcessingDataLoaderIter:
+            candidate._shutdown_workers()

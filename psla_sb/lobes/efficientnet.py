@@ -52,6 +52,9 @@ class EfficientNetEncoder(EfficientNet):
         Batch normalisation's momentum in PyTorch's sense: the weight of the newest batch.
     drop_connect : float
         Probability, in training, that the last block is skipped; it grows linearly from 0 at the first block.
+    width, depth : float, optional
+        Multipliers of B0's channels and of its layers, in place of the variant's own: below 1 for networks that are smaller
+        than B0, which learn faster from few clips.
 
     Attributes
     ----------
@@ -80,6 +83,8 @@ class EfficientNetEncoder(EfficientNet):
         padding="tensorflow",
         norm_momentum=0.01,
         drop_connect=0.2,
+        width=None,
+        depth=None,
     ):
         _check_choice("variant", variant, VARIANTS)
         _check_choice("stem", stem, STEMS)
@@ -88,7 +93,12 @@ class EfficientNetEncoder(EfficientNet):
             raise ValueError(f"norm_momentum must be in [0, 1], not {norm_momentum}")
         if not 0 <= drop_connect < 1:
             raise ValueError(f"drop_connect must be in [0, 1), not {drop_connect}")
+        scales = {"width_coefficient": width, "depth_coefficient": depth}
+        for name, scale in scales.items():
+            if scale is not None and not scale > 0:
+                raise ValueError(f"{name.partition('_')[0]} must be above 0, not {scale}")
         options = {
+            **{name: scale for name, scale in scales.items() if scale is not None},
             "include_top": False,
             "batch_norm_momentum": 1 - norm_momentum,
             "drop_connect_rate": drop_connect,
@@ -97,6 +107,7 @@ class EfficientNetEncoder(EfficientNet):
         self._change_in_channels(1)
         self.out_channels = self._conv_head.out_channels
         self.set_swish(memory_efficient=False)
+        self.padding = padding
         self._min_size = self._set_padding(symmetric=padding == "symmetric")
         if pretrained is not None:
             self._load_pretrained(pretrained, variant, stem)
@@ -179,8 +190,8 @@ def _read(pretrained, variant):
     except OSError as error:
         raise InputError(f"{missing} ({error})") from error
     except Exception as error:  # a broken file raises whatever the unpickler stumbles over
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{file}: not weights that can be loaded without running code; replace it ({reason})") from error
+        # PyTorch's own message advises to run the code in the file
+        raise InputError(f"{file}: not weights that can be loaded without running code; replace it") from error
     if not isinstance(state, dict):
         raise InputError(f"{file}: holds a {type(state).__name__}, not a state dict of efficientnet-{variant}")
     return state

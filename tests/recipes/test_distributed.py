@@ -20,7 +20,9 @@ def test_two_gloo_ranks_train_and_score_like_one_process(mini_data, tmp_path):
     assert len(results["epochs"]) == 2
     assert np.isfinite(results["epochs"][1]["train_loss"])
     weights = load_weights(folder / "snapshots" / "epoch_02.safetensors")
-    assert weights["embedding_model._bn0.num_batches_tracked"] == 2 * 2  # 40 clips: 5 batches of 8, of which each rank trains on 2 an epoch
+    assert (
+        weights["embedding_model._bn0.num_batches_tracked"] == 2 * 2
+    )  # 40 clips: 5 batches of 8, of which each rank trains on 2 an epoch
     two = np.load(folder / "predictions" / "valid_weight_average.npy")
     run(command(TRAIN, "hparams/mini.yaml", "--test_only", **settings, output_folder=folder))
     one = np.load(folder / "predictions" / "valid_weight_average.npy")
