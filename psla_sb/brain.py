@@ -10,7 +10,6 @@ import speechbrain as sb
 import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
-from torch.nn.functional import binary_cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 
@@ -90,7 +89,9 @@ class TaggingBrain(sb.Brain):
         if stage != sb.Stage.TRAIN:
             self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
         with torch.autocast(self.device_type, enabled=False):
-            return binary_cross_entropy(probabilities.float().clamp(EPSILON, 1 - EPSILON), targets)
+            p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
+            # PyTorch's own function stops the program where a probability is not a number; this one gives such a loss
+            return -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
 
     def on_fit_batch_start(self, batch, should_step):
         """Reports a broken sound file, reseeds, and sets the learning rate of this step."""
@@ -139,6 +140,12 @@ class TaggingBrain(sb.Brain):
         # SpeechBrain would wrap the batch sampler, which shards itself; and would not tell it the epoch
         self.train_sampler = loader_kwargs["batch_sampler"]
         return loader_kwargs
+
+    def _compile(self):
+        if self.compile and self.compile_module_keys is None:
+            # the compiler's order of operations moves the log of nearly empty mel bands
+            self.compile_module_keys = ["embedding_model", "classifier"]
+        super()._compile()
 
     def _wrap_distributed(self):
         # SpeechBrain converts to synchronised batch norm, which has no CPU version, and which PSLA did not use

@@ -252,3 +252,64 @@ class Manifest:
         keys = np.unique(clips[present] * len(vocabulary) + classes[present])
         counts = np.bincount(keys // len(vocabulary), minlength=len(self))
         return LabelSets(np.concatenate([[0], np.cumsum(counts)]), (keys % len(vocabulary)).astype(np.int32))
+
+    def rows_in(self, ids, source):
+        """Where each clip is in something that has its own order of clips.
+
+        Arguments
+        ---------
+        ids : pyarrow.Array or pyarrow.ChunkedArray
+            The IDs there.
+        source : str or Path
+            What has them, for error messages.
+
+        Returns
+        -------
+        np.ndarray
+            `[clips]`, row numbers from 0.
+
+        Raises
+        ------
+        InputError
+            A clip is not there, or an ID is there twice.
+
+        Example
+        -------
+        >>> manifest = Manifest.from_columns(["a", "b"], ["a.wav", "b.wav"], [1.0, 1.0], ["x", "x"])
+        >>> manifest.rows_in(pa.array(["b", "c", "a"]), "scores.npy")
+        array([2, 0], dtype=int32)
+        """
+        if pc.count_distinct(ids).as_py() < len(ids):
+            raise InputError(f"{source}: some IDs of its clips are there more than once; IDs must be unique.")
+        rows = pc.index_in(self.table["ID"], value_set=ids)
+        if rows.null_count:
+            first = self.table["ID"].filter(pc.is_null(rows))[0].as_py()
+            raise InputError(f"{source}: has nothing of {rows.null_count} of the {len(self)} clips of {self.source}, such as '{first}'")
+        return rows.to_numpy()
+
+    def with_labels(self, label_sets, vocabulary):
+        """The same clips with other labels.
+
+        Arguments
+        ---------
+        label_sets : LabelSets
+            The labels.
+        vocabulary : psla_sb.labels.vocabulary.Vocabulary
+            The classes.
+
+        Returns
+        -------
+        Manifest
+
+        Example
+        -------
+        >>> from psla_sb.labels.vocabulary import Vocabulary
+        >>> manifest = Manifest.from_columns(["a", "b"], ["a.wav", "b.wav"], [1.0, 1.0], ["/m/1", ""])
+        >>> labels = LabelSets.from_lists([[0, 1], []])
+        >>> manifest.with_labels(labels, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"])).table["labels"].to_pylist()
+        ['/m/1;/m/2', '']
+        """
+        mids = pa.array(vocabulary.mids).take(pa.array(label_sets.indices))
+        joined = pc.binary_join(pa.LargeListArray.from_arrays(pa.array(label_sets.offsets, pa.int64()), mids), ";")
+        column = self.table.column_names.index("labels")
+        return Manifest(self.table.set_column(column, "labels", joined), self.data_root, self.source)

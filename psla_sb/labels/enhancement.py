@@ -6,17 +6,27 @@ that sounds too (Type I), or not one of its ancestors (Type II). A teacher's sco
 relative is added where its score is above what is usual on clips that do carry it.
 
 `enhance_labels` takes and gives lists of mids; `enhance` does the same on index arrays and on memory-mapped scores, for
-millions of clips.
+millions of clips; `enhance_annotation` is what a recipe's YAML file names. What came of it is told by
+`psla_sb.labels.report`.
 """
 
 import mmap
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 from scipy.sparse import csr_array
+from speechbrain.utils.logger import get_logger
 
 from psla_sb.errors import InputError
 from psla_sb.labels.label_sets import LabelSets
+from psla_sb.labels.ontology import Ontology
+
+logger = get_logger(__name__)
+
+# In a folder of scores: the scores, and the clips that their rows are of.
+SCORES, IDS = "scores.npy", "ids.csv"
 
 # Human voice, Crash cymbal, Human group actions, Respiratory sounds, Domestic sounds: what carries one of these is left as it
 # is, as in the published system. They are classes of FSD50K, not of AudioSet.
@@ -61,7 +71,7 @@ def class_thresholds(scores, label_sets, kind="mean"):
     else:
         n_classes = scores.shape[1] if scores.ndim == 2 else 0
         _check_scores(scores, (len(label_sets), n_classes))
-        carried = _matrix(label_sets, n_classes)
+        carried = label_sets.to_sparse(n_classes)
     gathered = [np.empty(0)]
     for start, stop, block in _blocks(scores):
         clips, classes = carried[start:stop].nonzero()
@@ -105,12 +115,39 @@ def candidate_matrix(vocabulary, ontology, types=("I", "II")):
     """
     types = {types} if isinstance(types, str) else set(types)
     if not types or types - {"I", "II"}:
-        raise InputError(f"label enhancement: types must be from 'I' and 'II', not {sorted(map(str, types))}")
+        raise InputError(f"the types must be from 'I' and 'II', not {sorted(map(str, types))}")
     matrix = np.zeros((len(vocabulary), len(vocabulary)), dtype=bool)
     relations = {"I": ontology.children, "II": ontology.ancestors}
     for kind in types:
-        matrix |= _related(vocabulary, relations[kind])
+        matrix |= relation_matrix(vocabulary, relations[kind])
     matrix[[vocabulary.index(mid) for mid in NEVER_GENERATE if mid in vocabulary]] = False
+    return matrix
+
+
+def relation_matrix(vocabulary, relation):
+    """A relation of the ontology as a matrix over the classes of a vocabulary.
+
+    Arguments
+    ---------
+    vocabulary : Vocabulary
+    relation : callable
+        Gives the mids that a mid is related to, such as `Ontology.children`.
+
+    Returns
+    -------
+    numpy.ndarray [classes, classes]
+        bool; in row i are the classes that class i is related to.
+
+    Example
+    -------
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> relation_matrix(Vocabulary(["dog", "animal"], ["Dog", "Animal"]), {"dog": ["animal", "thing"], "animal": []}.get)
+    array([[False,  True],
+           [False, False]])
+    """
+    matrix = np.zeros((len(vocabulary), len(vocabulary)), dtype=bool)
+    for i, mid in enumerate(vocabulary.mids):
+        matrix[i, [vocabulary.index(other) for other in relation(mid) if other in vocabulary]] = True
     return matrix
 
 
@@ -130,8 +167,8 @@ def enhance(label_sets, scores, vocabulary, ontology, threshold="mean", types=("
         clips, so a memory-mapped file may be larger than the memory.
     vocabulary : Vocabulary
     ontology : Ontology
-    threshold : "mean", "median" or float
-        See `class_thresholds`.
+    threshold : "mean", "median", float or numpy.ndarray [classes]
+        See `class_thresholds`; an array is what it returns.
     types : sequence of str
         "I" adds direct children, "II" ancestors.
 
@@ -159,8 +196,8 @@ def enhance(label_sets, scores, vocabulary, ontology, threshold="mean", types=("
     scores = np.asanyarray(scores)
     _check_scores(scores, (len(label_sets), len(vocabulary)))
     relation = csr_array(candidate_matrix(vocabulary, ontology, types))
-    thresholds = class_thresholds(scores, label_sets, threshold)
-    carried = _matrix(label_sets, len(vocabulary))
+    thresholds = threshold if isinstance(threshold, np.ndarray) else class_thresholds(scores, label_sets, threshold)
+    carried = label_sets.to_sparse(len(vocabulary))
     clips, classes = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
     for start, stop, block in _blocks(scores):
         has = carried[start:stop]
@@ -170,7 +207,7 @@ def enhance(label_sets, scores, vocabulary, ontology, threshold="mean", types=("
         added = block[rows, columns].astype(np.float64) > thresholds[columns]
         clips.append(rows[added].astype(np.int64) + start)
         classes.append(columns[added].astype(np.int32))
-    return _append(label_sets, np.concatenate(clips), np.concatenate(classes))
+    return label_sets.append(np.concatenate(clips), np.concatenate(classes))
 
 
 def enhance_labels(label_sets, scores, vocabulary, ontology, threshold="mean", types=("I", "II")):
@@ -217,6 +254,135 @@ def enhance_labels(label_sets, scores, vocabulary, ontology, threshold="mean", t
             raise InputError(f"labels of clip {clip}: {error}") from None
     enhanced = enhance(LabelSets.from_lists(indices), scores, vocabulary, ontology, threshold, types)
     return [[vocabulary.mids[i] for i in enhanced[clip]] for clip in range(len(enhanced))]
+
+
+def enhance_annotation(manifest, label_sets, vocabulary, scores, ontology, threshold="mean", types=("I", "II")):
+    """`enhance` for a training annotation, with files: what `label_enhancement` in a recipe's YAML file names.
+
+        label_enhancement: !name:psla_sb.labels.enhancement.enhance_annotation
+            scores: !ref <output_folder>/enhanced_labels
+            ontology: !ref <data_folder>/ontology.json
+            threshold: mean
+            types: [I, II]
+
+    Scores are matched with clips by ID, and stay on disk. The log says how many labels were added, and which classes have no
+    threshold.
+
+    Arguments
+    ---------
+    manifest : Manifest
+        The clips.
+    label_sets : LabelSets
+        Their labels.
+    vocabulary : Vocabulary
+    scores : str or Path
+        See `read_scores`. Scores of other clips are left unused.
+    ontology : str or Path
+        AudioSet's `ontology.json`.
+    threshold : "mean", "median" or float
+        See `class_thresholds`.
+    types : sequence of str
+        "I" adds direct children, "II" ancestors.
+
+    Returns
+    -------
+    LabelSets
+        See `enhance`.
+
+    Raises
+    ------
+    InputError
+        A file is missing or broken, a clip has no scores, or as `enhance`.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> folder = getfixture("tmp_path")
+    >>> np.save(folder / "scores.npy", np.array([[0.8, 0.6], [0.9, 0.5]]))
+    >>> _ = (folder / "ids.csv").write_text("ID\\nb\\na\\n")
+    >>> _ = (folder / "ontology.json").write_text(
+    ...     '[{"id": "animal", "name": "Animal", "child_ids": ["dog"]}, {"id": "dog", "name": "Dog", "child_ids": []}]')
+    >>> vocabulary = Vocabulary(["dog", "animal"], ["Dog", "Animal"])
+    >>> manifest = Manifest.from_columns(["a", "b"], ["a.wav", "b.wav"], [1.0, 1.0], ["dog;animal", "dog"])
+    >>> labels = manifest.label_sets(vocabulary)
+    >>> [row.tolist() for row in enhance_annotation(manifest, labels, vocabulary, folder, folder / "ontology.json")]
+    [[0, 1], [0, 1]]
+    """
+    values, ids, source = read_scores(scores)
+    rows = manifest.rows_in(ids, source)
+    # It is the labels that are put into the order of the scores, which may be larger than the memory. Rows of other clips get
+    # no labels, so they count for no threshold and have no candidates.
+    clips = np.full(len(ids), len(manifest))
+    clips[rows] = np.arange(len(manifest))
+    with_an_empty_one = LabelSets(np.append(label_sets.offsets, label_sets.offsets[-1]), label_sets.indices)
+    ordered = with_an_empty_one.take(clips)
+    ontology = Ontology.from_json(ontology)
+    try:
+        thresholds = class_thresholds(values, ordered, threshold)
+        enhanced = enhance(ordered, values, vocabulary, ontology, thresholds, types).take(rows)
+    except InputError as error:
+        raise InputError(f"label enhancement with {source}: {error}") from None
+    changed = int((np.diff(enhanced.offsets) > np.diff(label_sets.offsets)).sum())
+    logger.info(
+        "Label enhancement (threshold %s, types %s): %d labels added to %d, on %d of %d clips; scores from %s",
+        *(threshold, types if isinstance(types, str) else "+".join(types)),
+        *(enhanced.indices.size - label_sets.indices.size, label_sets.indices.size, changed, len(manifest), source),
+    )
+    if np.isnan(thresholds).any():
+        missing = [vocabulary.names[c] for c in np.flatnonzero(np.isnan(thresholds))]
+        logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(missing), "; ".join(missing))
+    return enhanced
+
+
+def read_scores(path):
+    """A teacher's scores and the IDs of the clips that they are of.
+
+    Arguments
+    ---------
+    path : str or Path
+        A folder with `scores.npy`, floating-point `[clips, classes]`, or another such file. In the same folder is `ids.csv`,
+        whose column `ID` (others do not matter) has the clip of each row.
+
+    Returns
+    -------
+    scores : numpy.memmap [rows, classes]
+    ids : pyarrow.ChunkedArray [rows]
+    source : Path
+        The file of scores.
+
+    Raises
+    ------
+    InputError
+        A file is missing or broken, or there are not as many IDs as rows.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> np.save(folder / "scores.npy", np.array([[0.1, 0.9]], dtype=np.float16))
+    >>> _ = (folder / "ids.csv").write_text("ID\\na\\n")
+    >>> scores, ids, source = read_scores(folder)
+    >>> scores.shape, ids.to_pylist(), source.name
+    ((1, 2), ['a'], 'scores.npy')
+    """
+    source = Path(path) / SCORES if Path(path).is_dir() else Path(path)
+    try:
+        scores = np.load(source, mmap_mode="r")
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such file of a teacher's scores; the recipe's enhance_labels.py writes them") from None
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{source}: not a whole .npy file of numbers ({error})") from None
+    file = source.with_name(IDS)
+    try:
+        options = pyarrow.csv.ConvertOptions(column_types={"ID": pa.string()}, include_columns=["ID"], strings_can_be_null=False)
+        ids = pyarrow.csv.read_csv(file, convert_options=options)["ID"]
+    except FileNotFoundError:
+        raise InputError(f"{file}: no such file; it says in a column 'ID' which clips the rows of {source.name} are of") from None
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise InputError(f"{file}: not a CSV file with a column 'ID' ({error})") from None
+    if scores.ndim != 2 or len(ids) != len(scores):
+        raise InputError(f"{file} has {len(ids)} IDs for the scores in {source.name}, whose shape is {list(scores.shape)}")
+    return scores, ids, source
 
 
 def added_labels(before, after):
@@ -282,67 +448,12 @@ def mended(noisy, enhanced, clean):
     return (right / added.size if added.size else np.nan, right / lost.size if lost.size else np.nan)
 
 
-class Audit(NamedTuple):
-    """Gaps in the labels of a data set, as numbers of clips per class, int64 [classes] each.
-
-    Example
-    -------
-    >>> Audit(carried=np.array([3]), without_parent=np.array([1]), without_child=np.array([0])).without_parent
-    array([1])
-    """
-
-    carried: np.ndarray
-    """Clips that carry the class."""
-    without_parent: np.ndarray
-    """Clips that carry the class and lack one of its direct parents, of those in the vocabulary."""
-    without_child: np.ndarray
-    """Clips that carry the class and none of its direct children, though the vocabulary has some."""
-
-
-def audit(label_sets, vocabulary, ontology):
-    """Count how often a class is there without its parents or children.
-
-    Arguments
-    ---------
-    label_sets : LabelSets
-    vocabulary : Vocabulary
-    ontology : Ontology
-
-    Returns
-    -------
-    Audit
-
-    Example
-    -------
-    >>> from psla_sb.labels.ontology import Ontology
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> ontology = Ontology([{"id": "animal", "name": "Animal", "child_ids": ["dog"]},
-    ...                      {"id": "dog", "name": "Dog", "child_ids": []}])
-    >>> labels = LabelSets.from_lists([[0], [0, 1], [1], [1]])
-    >>> found = audit(labels, Vocabulary(["dog", "animal"], ["Dog", "Animal"]), ontology)
-    >>> found.without_parent, found.without_child
-    (array([1, 0]), array([0, 2]))
-    """
-    n_classes = len(vocabulary)
-    carried = _matrix(label_sets, n_classes).astype(np.int32)
-    counts = np.bincount(carried.indices, minlength=n_classes)
-
-    def gaps(relation, all_needed):
-        relatives = _related(vocabulary, relation)
-        present = carried * (carried @ csr_array(relatives.T.astype(np.int32)))
-        needed = relatives.sum(axis=1) if all_needed else np.ones(n_classes, dtype=int)
-        fine = np.bincount(present.indices[present.data >= needed[present.indices]], minlength=n_classes)
-        return np.where(relatives.any(axis=1), counts - fine, 0)
-
-    return Audit(counts, gaps(ontology.parents, True), gaps(ontology.children, False))
-
-
 def _average(kind):
     if kind in ("mean", "median"):
         return getattr(np, kind)
     if isinstance(kind, (int, float)) and not isinstance(kind, bool) and 0 <= kind <= 100:
         return lambda values: np.percentile(values, kind)
-    raise InputError(f"label enhancement: the threshold must be 'mean', 'median' or a percentile 0 to 100, not {kind!r}")
+    raise InputError(f"the threshold must be 'mean', 'median' or a percentile 0 to 100, not {kind!r}")
 
 
 def _check_scores(scores, shape):
@@ -371,21 +482,6 @@ def _blocks(scores):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def _matrix(label_sets, n_classes):
-    """Label sets as a sparse bool matrix [clips, classes], repeated labels once, indices sorted."""
-    clips, classes = label_sets.pairs(n_classes)
-    offsets = np.searchsorted(clips, np.arange(len(label_sets) + 1))
-    return csr_array((np.ones(classes.size, dtype=bool), classes, offsets), shape=(len(label_sets), n_classes))
-
-
-def _related(vocabulary, relation):
-    """bool [classes, classes]: column j of row i is set if relation(i) has j."""
-    matrix = np.zeros((len(vocabulary), len(vocabulary)), dtype=bool)
-    for i, mid in enumerate(vocabulary.mids):
-        matrix[i, [vocabulary.index(other) for other in relation(mid) if other in vocabulary]] = True
-    return matrix
-
-
 def _keys(*label_sets):
     """One sorted int64 array of distinct clip * classes + class for each argument, then the number of classes."""
     if len({len(sets) for sets in label_sets}) > 1:
@@ -393,14 +489,3 @@ def _keys(*label_sets):
     n_classes = 1 + max((int(sets.indices.max()) for sets in label_sets if sets.indices.size), default=0)
     pairs = [sets.pairs(n_classes) for sets in label_sets]
     return *(clips * n_classes + classes for clips, classes in pairs), n_classes
-
-
-def _append(label_sets, clips, classes):
-    """Label sets with classes added to the end of clips, which are sorted."""
-    more = np.bincount(clips, minlength=len(label_sets))
-    shift = np.concatenate([[0], np.cumsum(more)])
-    indices = np.empty(label_sets.indices.size + classes.size, dtype=np.int32)
-    old = np.repeat(shift[:-1], np.diff(label_sets.offsets)) + np.arange(label_sets.indices.size)
-    indices[old] = label_sets.indices
-    indices[label_sets.offsets[clips + 1] + np.arange(classes.size)] = classes
-    return LabelSets(label_sets.offsets + shift, indices)

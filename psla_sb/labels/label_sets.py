@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+from scipy.sparse import csr_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,18 +142,97 @@ class LabelSets:
         >>> LabelSets.from_lists([[1], [1, 0]]).to_multi_hot([1], n_classes=3)
         array([[1., 1., 0.]], dtype=float32)
         """
+        taken = self.take(rows)
+        _check_range(taken.indices, n_classes)
+        targets = np.zeros((len(taken), n_classes), np.float32)
+        targets[np.repeat(np.arange(len(taken)), np.diff(taken.offsets)), taken.indices] = 1
+        return targets
+
+    def to_sparse(self, n_classes):
+        """All clips as a sparse matrix.
+
+        Arguments
+        ---------
+        n_classes : int
+            Number of classes.
+
+        Returns
+        -------
+        scipy.sparse.csr_array
+            bool [clips, classes], indices sorted.
+
+        Raises
+        ------
+        ValueError
+            If a class index is negative or not below `n_classes`.
+
+        Example
+        -------
+        >>> LabelSets.from_lists([[2, 0, 2], []]).to_sparse(n_classes=3).toarray()
+        array([[ True, False,  True],
+               [False, False, False]])
+        """
+        clips, classes = self.pairs(n_classes)
+        offsets = np.searchsorted(clips, np.arange(len(self) + 1))
+        return csr_array((np.ones(classes.size, dtype=bool), classes, offsets), shape=(len(self), n_classes))
+
+    def take(self, rows):
+        """The label sets of some clips, in the order asked for.
+
+        Arguments
+        ---------
+        rows : array_like
+            Clip numbers [rows], from 0, in any order.
+
+        Returns
+        -------
+        LabelSets
+
+        Raises
+        ------
+        IndexError
+            If there is no such clip.
+
+        Example
+        -------
+        >>> [clip.tolist() for clip in LabelSets.from_lists([[5], [1, 3]]).take([1, 0, 1])]
+        [[1, 3], [5], [1, 3]]
+        """
         rows = np.asarray(rows, np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows must be from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
         starts = self.offsets[rows]
         n_labels = self.offsets[rows + 1] - starts
+        offsets = np.concatenate([[0], np.cumsum(n_labels)])
         # Label j of all labels of these rows lies at `starts` of its row plus j minus the labels of the rows before.
-        within = np.arange(n_labels.sum()) - np.repeat(np.cumsum(n_labels) - n_labels, n_labels)
-        classes = self.indices[np.repeat(starts, n_labels) + within]
-        _check_range(classes, n_classes)
-        targets = np.zeros((len(rows), n_classes), np.float32)
-        targets[np.repeat(np.arange(len(rows)), n_labels), classes] = 1
-        return targets
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], n_labels)
+        return LabelSets(offsets, self.indices[np.repeat(starts, n_labels) + within])
+
+    def append(self, clips, classes):
+        """Label sets with one more class at the end of some clips.
+
+        Arguments
+        ---------
+        clips : np.ndarray
+            int64 [added], sorted; a clip may be there several times.
+        classes : np.ndarray
+            int32 [added], class indices.
+
+        Returns
+        -------
+        LabelSets
+
+        Example
+        -------
+        >>> labels = LabelSets.from_lists([[5], [], [2]])
+        >>> [clip.tolist() for clip in labels.append(np.array([0, 0, 1]), np.array([1, 3, 4]))]
+        [[5, 1, 3], [4], [2]]
+        """
+        shift = np.concatenate([[0], np.cumsum(np.bincount(clips, minlength=len(self)))])
+        indices = np.empty(self.indices.size + classes.size, dtype=np.int32)
+        indices[np.repeat(shift[:-1], np.diff(self.offsets)) + np.arange(self.indices.size)] = self.indices
+        indices[self.offsets[clips + 1] + np.arange(classes.size)] = classes
+        return LabelSets(self.offsets + shift, indices)
 
 
 def _check_range(classes, n_classes):

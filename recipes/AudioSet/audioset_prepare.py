@@ -213,7 +213,7 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
         writer.writerow(["ID", "reason", "file"])
         for row in np.flatnonzero(~usable):
             reason = "no file" if missing[row] else "cannot be read as sound, or is empty"
-            writer.writerow([wanted[row], reason, found[row].as_py() or ""])
+            writer.writerow([wanted[row], reason, "" if missing[row] else os.path.join(audio_folder, found[row].as_py())])
     names = " + ".join(path.name for path in segment_lists)
     summary = f"{names}: {len(segments)} clips, {usable.sum()} usable, {missing.sum()} without a file, "
     summary += f"{(~usable & ~missing).sum()} that cannot be read"
