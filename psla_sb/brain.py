@@ -1,8 +1,10 @@
 """What happens to a batch, and at the end of an epoch."""
 
+import csv
 import json
 import logging
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +17,25 @@ from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
 from psla_sb.dataio.audio import AudioError
+from psla_sb.errors import InputError
 from psla_sb.metrics import TaggingStats, summarize
 
 logger = get_logger(__name__)
 
 FIGURES = ("mAP", "mAUC", "d_prime")
 EPSILON = 1e-7
+
+
+class Interrupted(Exception):
+    """A run has saved its state and stopped, because it was asked to.
+
+    Example
+    -------
+    >>> raise Interrupted
+    Traceback (most recent call last):
+    ...
+    psla_sb.brain.Interrupted
+    """
 
 
 class TaggingBrain(sb.Brain):
@@ -33,6 +48,7 @@ class TaggingBrain(sb.Brain):
     * Validation scores all clips, sharded over the ranks, and computes its figures from the collected scores. It writes the scores
       and the epoch's weights, and reports the ensemble of all epochs so far.
     * A gradient that is not finite never reaches the weights.
+    * After `request_stop` the run saves at the end of the step (of the accumulation, of a validation) and raises `Interrupted`.
 
     Example
     -------
@@ -50,6 +66,8 @@ class TaggingBrain(sb.Brain):
     >>> brain.scores(torch.randn(2, 16000), torch.ones(2)).shape
     torch.Size([2, 5])
     """
+
+    stop_requested = False
 
     def scores(self, wavs, wav_lens):
         """Probabilities without augmentation.
@@ -72,10 +90,15 @@ class TaggingBrain(sb.Brain):
         return modules["classifier"](modules["embedding_model"](feats))
 
     def compute_forward(self, batch, stage):
-        """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first."""
+        """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
+
+        If clips have the scores of a teacher, these follow the targets as further columns, and are mixed as they are.
+        """
         batch = batch.to(self.device)
         wavs, wav_lens = batch.sig
         targets = batch.target.data
+        if hasattr(batch, "teacher"):
+            targets = torch.cat([targets, batch.teacher.data], dim=1)
         if stage != sb.Stage.TRAIN:
             return self.scores(wavs, wav_lens), targets
         wavs, wav_lens, targets = self.hparams.mixup(wavs, wav_lens, targets, sum(batch.partner))
@@ -84,7 +107,11 @@ class TaggingBrain(sb.Brain):
         return self.modules.classifier(self.modules.embedding_model(feats)), targets
 
     def compute_objectives(self, predictions, batch, stage):
-        """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7]."""
+        """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
+
+        With a teacher, `distillation_weight` times the cross-entropy with its scores is added (Hinton, Vinyals, Dean, "Distilling
+        the knowledge in a neural network", 2015; for audio tagging, Schmid, Koutini, Widmer, ICASSP 2023).
+        """
         probabilities, targets = predictions
         if stage != sb.Stage.TRAIN:
             self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
@@ -96,6 +123,7 @@ class TaggingBrain(sb.Brain):
     def on_fit_batch_start(self, batch, should_step):
         """Reports a broken sound file, reseeds, and sets the learning rate of this step."""
         check_audio(batch)
+        self.batch_ids = batch.id
         rank = int(os.environ.get("RANK", 0))
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
@@ -107,6 +135,26 @@ class TaggingBrain(sb.Brain):
     def running_statistics(self):
         """The batch norms' running means and variances."""
         return [buffer for name, buffer in self.modules.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+    def check_loss_isfinite(self, loss):
+        """As SpeechBrain's; the clips of batches whose loss is not finite are listed in `nonfinite_batches.csv`.
+
+        Raises
+        ------
+        InputError
+            There were more of these batches in this epoch than `nonfinite_patience`.
+        """
+        if not torch.isfinite(loss):
+            file = Path(self.hparams.output_folder) / "nonfinite_batches.csv"
+            with open(file, "a", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([self.optimizer_step, self.step, clip] for clip in self.batch_ids)
+            if self.nonfinite_count >= self.nonfinite_patience:
+                raise InputError(
+                    f"the loss was not finite in more than nonfinite_patience={self.nonfinite_patience} batches of this epoch; "
+                    f"{file} lists their clips (optimizer step, step, ID). The weights are as they were before these batches. "
+                    "Lower lr, or look at these clips."
+                )
+        super().check_loss_isfinite(loss)
 
     def optimizers_step(self):
         """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
@@ -123,6 +171,8 @@ class TaggingBrain(sb.Brain):
     def evaluate_batch(self, batch, stage):
         """As SpeechBrain's, after reporting a broken sound file."""
         check_audio(batch)
+        if self.stop_requested and stage == sb.Stage.TEST and not self.distributed_launch:
+            raise Interrupted
         return super().evaluate_batch(batch, stage)
 
     def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
@@ -160,8 +210,28 @@ class TaggingBrain(sb.Brain):
 
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        self.stopping = self._any_rank(self.stop_requested)
         # gradients that wait for the rest of an accumulation are not saved
-        return due and self.step % self.grad_accumulation_factor == 0
+        return (due or self.stopping) and self.step % self.grad_accumulation_factor == 0
+
+    def _save_intra_epoch_ckpt(self):
+        super()._save_intra_epoch_ckpt()
+        if self.stopping:
+            raise Interrupted
+
+    def _any_rank(self, flag):
+        if not self.distributed_launch:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def request_stop(self, signum, frame):
+        """A signal handler: asks to finish the step, to save and to stop; a second Ctrl-C stops at once."""
+        if self.stop_requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        logger.warning("%s: finishing the step, then saving. Ctrl-C again leaves at once.", signal.Signals(signum).name)
 
     def on_fit_start(self):
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
@@ -195,6 +265,8 @@ class TaggingBrain(sb.Brain):
         if self.checkpointer is not None:
             meta = {"epoch": epoch, "mAP": record["mAP"]}
             self.checkpointer.save_and_keep_only(meta=meta, max_keys=["mAP"], verbosity=logging.DEBUG)
+        if self._any_rank(self.stop_requested):
+            raise Interrupted
 
     def record_epoch(self, epoch):
         """Writes the epoch's scores, weights and figures.

@@ -6,6 +6,7 @@ The YAML declares the whole pipeline; the recipes in this repository are the exa
 import dataclasses
 import difflib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.aggregation import average_weights
-from psla_sb.brain import FIGURES, TaggingBrain, prediction_path, read_results, trained_modules, write_results
+from psla_sb.brain import FIGURES, Interrupted, TaggingBrain, prediction_path, read_results, trained_modules, write_results
 from psla_sb.checkpoints import atomic_write, load_into, load_weights, save_weights, snapshot_path
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import TaggingDataset, end_workers, ignore_signals
@@ -36,6 +37,9 @@ from psla_sb.metrics import summarize
 logger = get_logger(__name__)
 
 EXIT_BAD_INPUT = 2
+# sysexits.h: a temporary failure, try again. torchrun does not pass it on.
+EXIT_INTERRUPTED = 75
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
 # used only at the end of a training of days.
 PATH_KEYS = ("data_folder", "output_folder", "class_list", "train_annotation", "valid_annotation")
@@ -103,20 +107,22 @@ class CommandLine(RunOptions):
         return values
 
 
-def main(recipe, arguments=None):
+def main(recipe, arguments=None, job=None):
     """Runs a recipe; what is wrong with the input is printed without a traceback.
 
     Arguments
     ---------
     recipe : str
-        The recipe's `train.py`: a YAML file that is not found from the current folder is looked for beside it.
+        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
     arguments : list of str, optional
         The command line, by default `sys.argv[1:]`.
+    job : callable, optional
+        What is done with the YAML file, the run options and the overrides, by default `run`.
 
     Raises
     ------
     SystemExit
-        With status 2, if the input is wrong.
+        With status 2, if the input is wrong; 75, if the run was interrupted by SIGTERM or Ctrl-C and has saved its state.
 
     Example
     -------
@@ -125,6 +131,7 @@ def main(recipe, arguments=None):
     ...
     SystemExit: 2
     """
+    handlers = [signal.getsignal(signum) for signum in STOP_SIGNALS]
     try:
         file, run_opts, overrides = CommandLine.from_command_line_args(arguments)
         beside = Path(recipe).resolve().parent / file
@@ -135,13 +142,21 @@ def main(recipe, arguments=None):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"--device={run_opts.device} cannot be used: {reason}") from None
-        run(file if Path(file).is_file() else beside, run_opts, overrides)
+        (job or run)(file if Path(file).is_file() else beside, run_opts, overrides)
+    except Interrupted:
+        if if_main_process():
+            print("Interrupted, and saved. The same command goes on from here.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except InputError as error:
         # a broken sound file is known only to the process that read it
         if if_main_process() or isinstance(error, AudioError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit("Stopped without saving.")
     finally:
+        for signum, handler in zip(STOP_SIGNALS, handlers, strict=True):
+            signal.signal(signum, handler)
         end_workers()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -169,32 +184,19 @@ def run(hparams_file, run_opts, overrides):
     InputError
         See the message.
     """
-    defaults = {}
-    if not torch.cuda.is_available():
-        defaults["distributed_backend"] = "gloo"
-    if not sys.stderr.isatty():
-        defaults["noprogressbar"] = True
-    defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
-    run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
-    ddp_init_group(run_opts)
+    run_opts = start_processes(run_opts)
     hparams = load_hparams(hparams_file, overrides)
     folder = hparams["output_folder"]
     sb.create_experiment_directory(folder, hparams_file, overrides)
-    if not hparams["skip_prep"]:
-        for step in hparams["prepare"]:
-            run_on_main(step)
-    vocabulary = Vocabulary.from_csv(hparams["class_list"])
-    if len(vocabulary) != hparams["n_classes"]:
-        raise InputError(
-            f"{hparams['class_list']} has {len(vocabulary)} classes, but n_classes is {hparams['n_classes']}: "
-            f"pass --n_classes={len(vocabulary)}"
-        )
+    vocabulary = prepare(hparams)
     # with it a snapshot can be loaded from the run's folder alone
     run_on_main(vocabulary.to_csv, [Path(folder) / "class_labels_indices.csv"])
     brain = TaggingBrain(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, brain.request_stop)
     loader = {
         "num_workers": hparams["num_workers"],
         "worker_init_fn": ignore_signals,
@@ -220,6 +222,50 @@ def run(hparams_file, run_opts, overrides):
 
         write_pictures(brain, test_set or valid_set, "test" if test_set else "valid", vocabulary, train_labels)
     return results
+
+
+def start_processes(run_opts):
+    """Joins the processes that torchrun has started, if it has.
+
+    Returns
+    -------
+    RunOptions
+        With defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
+    """
+    defaults = {}
+    if not torch.cuda.is_available():
+        defaults["distributed_backend"] = "gloo"
+    if not sys.stderr.isatty():
+        defaults["noprogressbar"] = True
+    defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
+    run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
+    ddp_init_group(run_opts)
+    return run_opts
+
+
+def prepare(hparams):
+    """Runs the steps that write the annotations, unless `skip_prep` is set.
+
+    Returns
+    -------
+    Vocabulary
+        The classes.
+
+    Raises
+    ------
+    InputError
+        A step fails, or there are not `n_classes` classes.
+    """
+    if not hparams["skip_prep"]:
+        for step in hparams["prepare"]:
+            run_on_main(step)
+    vocabulary = Vocabulary.from_csv(hparams["class_list"])
+    if len(vocabulary) != hparams["n_classes"]:
+        raise InputError(
+            f"{hparams['class_list']} has {len(vocabulary)} classes, but n_classes is {hparams['n_classes']}: "
+            f"pass --n_classes={len(vocabulary)}"
+        )
+    return vocabulary
 
 
 def load_hparams(file, overrides):

@@ -1,6 +1,5 @@
 """Tags for any sound, from a folder that `psla_sb.export` wrote."""
 
-import io
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import load_into, load_weights, snapshot_path
 from psla_sb.dataio.audio import read_clip
 from psla_sb.errors import InputError
-from psla_sb.export import MODULES, label_encoder, read_definitions
+from psla_sb.export import MODULES, definitions_text, label_encoder, read_definitions
 from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 
@@ -105,7 +104,15 @@ class AudioTagger(Pretrained):
                 raise InputError(
                     f"{file} constructs '{tag}', which is not a part of psla_sb; AudioTagger.from_hparams would run it"
                 )
-        return cls.from_hparams(source=str(folder), **kwargs)
+        try:
+            tagger = cls.from_hparams(source=str(folder), **kwargs)
+        except InputError:
+            raise
+        except (KeyError, ValueError, AttributeError, TypeError, OSError) as error:
+            raise InputError(f"{folder}: not the whole folder of a tagger: {type(error).__name__}: {error}") from error
+        if len(tagger.hparams.label_encoder) != len(tagger.hparams.mids):
+            raise InputError(f"{folder}: label_encoder.ckpt has not as many names as hyperparams.yaml has mids")
+        return tagger
 
     @classmethod
     def from_psla_checkpoint(cls, path, labels, padding=PUBLISHED_PADDING, n_frames=AUDIOSET_FRAMES, **kwargs):
@@ -193,9 +200,7 @@ class AudioTagger(Pretrained):
         state, run = load_weights(path), Path(path).resolve().parents[1]
         if not (run / "hyperparams.yaml").is_file():
             raise InputError(f"{path}: beside its folder there is no hyperparams.yaml that says what model it is of")
-        text = io.StringIO()
-        ruamel.yaml.YAML().dump(read_definitions(run / "hyperparams.yaml"), text)
-        hparams = load_hyperpyyaml(text.getvalue())
+        hparams = load_hyperpyyaml(definitions_text(read_definitions(run / "hyperparams.yaml")))
         modules = {name: hparams[name] for name in MODULES}
         load_into(trained_modules(modules), state, path)
         vocabulary = Vocabulary.from_csv(run / "class_labels_indices.csv")

@@ -9,6 +9,7 @@ from speechbrain import Stage
 from torch import nn
 
 from psla_sb.brain import TaggingBrain
+from psla_sb.errors import InputError
 from psla_sb.lobes.augment import SpecAugment, WaveformMixup
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
@@ -35,7 +36,7 @@ def batch(scale=1.0, n_clips=4, seed=0):
 
 
 @pytest.fixture
-def make_brain():
+def make_brain(tmp_path):
     def make(max_grad_norm=math.inf, **options):
         torch.manual_seed(0)
         modules = {
@@ -47,6 +48,7 @@ def make_brain():
         hparams = {
             "modules": modules,
             "seed": 1,
+            "output_folder": tmp_path,
             "n_classes": 3,
             "mixup": WaveformMixup(),
             "spec_augment": SpecAugment(8, 8),
@@ -114,13 +116,16 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(make_brain, factor)
     assert not torch.equal(state(brain)["classifier.cla.weight"], after["classifier.cla.weight"])
 
 
-def test_training_stops_when_too_many_losses_are_not_finite(make_brain):
+def test_training_stops_when_too_many_losses_are_not_finite(make_brain, tmp_path):
     brain = make_brain(nonfinite_patience=2)
     poison = batch()
     poison.sig[0][:] = math.nan
     step(brain, poison, poison)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match=r"nonfinite_batches\.csv"):
         step(brain, poison)
+    lines = (tmp_path / "nonfinite_batches.csv").read_text().splitlines()
+    assert lines[:5] == ["0,1,0", "0,1,1", "0,1,2", "0,1,3", "1,2,0"]
+    assert len(lines) == 3 * 4
 
 
 def test_randomness_comes_from_seed_and_step_alone(make_brain):
