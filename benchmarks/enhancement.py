@@ -1,10 +1,12 @@
 """How long label enhancement takes on a data set of AudioSet's size, and how much memory.
 
-Writes made-up teacher scores (float16, memory-mapped, 2.1 GB at the default size) to a temporary folder, makes up label sets
-and an ontology, and enhances. The peak memory is that of the whole process; libraries and labels are in the figure before.
+Writes made-up teacher scores (float16, memory-mapped, 2.1 GB at the default size) to a temporary folder, makes up an ontology and
+an annotation, whose clips are in another order than the scores, and enhances it as a recipe does. The peak memory is that of the
+whole process; libraries, annotation and labels are in the figure before.
 """
 
 import argparse
+import json
 import resource
 import sys
 import tempfile
@@ -12,25 +14,28 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv
 from numpy.lib.format import open_memmap
 
-from psla_sb.labels.enhancement import added_labels, enhance
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.labels.enhancement import IDS, SCORES, enhance_annotation
 from psla_sb.labels.label_sets import LabelSets
-from psla_sb.labels.ontology import Ontology
+from psla_sb.labels.report import added_labels
 from psla_sb.labels.vocabulary import Vocabulary
 
 ROWS = 20_000
 
 
 def make_classes(rng, n_classes):
-    """A vocabulary, and an ontology in which every class but the first has one parent, and one in ten has two."""
+    """A vocabulary, and entries of an ontology in which every class but the first has one parent, and one in ten has two."""
     mids = [f"/m/{i}" for i in range(n_classes)]
     children = [[] for _ in mids]
     for i in range(1, n_classes):
         for parent in rng.integers(0, i, size=1 + (rng.random() < 0.1)):
             children[parent].append(mids[i])
     entries = [{"id": mid, "name": mid, "child_ids": below} for mid, below in zip(mids, children, strict=True)]
-    return Vocabulary(mids, mids), Ontology(entries)
+    return Vocabulary(mids, mids), entries
 
 
 def make_labels(rng, n_clips, n_classes):
@@ -70,13 +75,19 @@ def main():
     threshold = args.threshold if args.threshold.isalpha() else float(args.threshold)
 
     rng = np.random.default_rng(0)
-    vocabulary, ontology = make_classes(rng, args.classes)
+    vocabulary, entries = make_classes(rng, args.classes)
     label_sets = make_labels(rng, args.clips, args.classes)
+    ids = pa.array(np.arange(args.clips)).cast(pa.string())
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        path = Path(folder) / "scores.npy"
-        write_scores(rng, path, label_sets, args.classes)
+        scores, file = Path(folder) / SCORES, Path(folder) / "ontology.json"
+        write_scores(rng, scores, label_sets, args.classes)
+        pyarrow.csv.write_csv(pa.table({"ID": ids}), scores.with_name(IDS))
+        file.write_text(json.dumps(entries))
+        order = rng.permutation(args.clips)
+        ids, label_sets = ids.take(pa.array(order)), label_sets.take(order)
+        manifest = Manifest(pa.table({"ID": ids, "wav": ids, "labels": ids}))
         before, start = peak_memory(), time.perf_counter()
-        enhanced = enhance(label_sets, np.load(path, mmap_mode="r"), vocabulary, ontology, threshold)
+        enhanced = enhance_annotation(manifest, label_sets, vocabulary, folder, file, threshold)
         seconds, peak = time.perf_counter() - start, peak_memory()
     added = added_labels(label_sets, enhanced)[0].size
     print(f"{args.clips} clips x {args.classes} classes, {label_sets.indices.size} labels, {added} added")

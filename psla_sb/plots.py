@@ -231,6 +231,114 @@ def class_ap(names, ap, train_counts, path, title="Average precision per class")
     return figure
 
 
+def label_changes(names, before, after, path, title="Label enhancement", n_rows=40):
+    """Draws how many labels were added to each class, and what share of its clips had it already.
+
+    Arguments
+    ---------
+    names : sequence of str
+        The classes.
+    before, after : array_like
+        `[classes]`, clips that carry each class.
+    path : str or Path
+        The PNG file to write.
+    title : str
+        What was done.
+    n_rows : int
+        How many classes are drawn: those with most additions. How many others have additions is stated.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        What was written.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "labels.png"
+    >>> figure = label_changes(["Bell", "Rain", "Dog"], [3, 1000, 0], [4, 1300, 0], path)
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['Rain', 'Bell']
+    """
+    before, after = np.asarray(before), np.asarray(after)
+    added = after - before
+    order = np.argsort(-added, kind="stable")[: np.count_nonzero(added)]
+    shown = order[:n_rows]
+    rows = np.arange(len(shown))
+    lines = [title, f"{before.sum():,} labels before, {added.sum():,} added, to {len(order)} of {len(names)} classes"]
+    if len(order) > len(shown):
+        rest = order[n_rows:]
+        lines.append(f"Shown are the {len(shown)} classes with most; the other {len(rest)} got {added[rest].sum():,}")
+    with page(path, (len(shown) + 1) * ROW_HEIGHT + 0.7 + 0.2 * len(lines), layout="constrained") as figure:
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
+        bars, clips = figure.subplots(1, 2, sharey=True)
+        bars.barh(rows, added[shown], height=0.75, color=ORANGE)
+        clips.hlines(rows, before[shown], after[shown], color=GREY, linewidth=1)
+        clips.plot(before[shown], rows, "o", color=BLUE, label="before")
+        clips.plot(after[shown], rows, "o", color=ORANGE, label="after")
+        beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
+        beside["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        for row, c in enumerate(shown):
+            bars.annotate(f"{added[c]:,}", (added[c], row), **beside)
+            clips.annotate(f"+{added[c] / before[c]:.0%}" if before[c] else "new", (after[c], row), **beside)
+        bars.set_yticks(rows, [_shorten(names[c]) for c in shown])
+        bars.set(xlabel="labels added", xlim=(0, 1.15 * added.max(initial=1)))
+        bars.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        bars.xaxis.set_major_formatter(EngFormatter(sep=""))
+        bars.set_ylim(max(rows, default=0) + 0.7, -0.7)
+        clips.set(xlabel="clips that carry the class")
+        _log_counts(clips, "x", np.concatenate([before[shown], after[shown]]), room=6)
+        if len(shown) and before[shown].all():
+            # from the rarest of these classes on: on a logarithmic axis a growth by half is a short line
+            clips.set_xlim(left=before[shown].min() / 2)
+        clips.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=2)
+        for axes in (bars, clips):
+            axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def ensemble_curve(singles, ensembles, path, average=None):
+    """Draws the mAP of an ensemble against its number of members, and each member's own as a dot.
+
+    Arguments
+    ---------
+    singles : sequence of float
+        mAP of each member, in the order in which they were added.
+    ensembles : sequence of float
+        mAP of the ensemble with each of them added.
+    path : str or Path
+        The PNG file to write.
+    average : float, optional
+        mAP of the average of the members' weights.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        What was written.
+
+    Example
+    -------
+    >>> figure = ensemble_curve([0.40, 0.42], [0.40, 0.45], getfixture("tmp_path") / "ensemble.png", average=0.43)
+    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    ['ensemble: 0.450 with 2 members', 'single models: 0.420 at best', 'average of weights: 0.430']
+    """
+    number = np.arange(1, len(ensembles) + 1)
+    with page(path, 3.2, layout="constrained") as figure:
+        axes = figure.subplots()
+        counted = f"{len(ensembles)} member{'s' * (len(ensembles) != 1)}"
+        axes.plot(number, ensembles, "-", label=f"ensemble: {ensembles[-1]:.3f} with {counted}")
+        axes.plot(number, singles, "o", label=f"single models: {np.nanmax(singles):.3f} at best")
+        if average is not None:
+            axes.axhline(average, color=GREY, linestyle="--", label=f"average of weights: {average:.3f}")
+        axes.set(xlabel="members, in the order in which they were added", ylabel="mAP (mean average precision)")
+        axes.set_xlim(0.5, len(ensembles) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.margins(y=0.1)
+        # above the panel, where no curve can run through it
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3)
+    return figure
+
+
 def _log_counts(axes, axis, counts, room=2):
     """A logarithmic axis, with a place for 0 if needed; ticks are few enough for a narrow one."""
     least, most = counts.min(initial=10), counts.max(initial=10)
@@ -332,6 +440,84 @@ def example_clips(clips, path, title="Example clips"):
     return figure
 
 
+def recording(extremes, energies, column, timeline, path, title="Recording", n_rows=10):
+    """Draws a recording's waveform, log-mel energies and the scores of its highest-scored classes, one above the other.
+
+    Arguments
+    ---------
+    extremes : array_like
+        `[columns, 2]`, the lowest and the highest sample of each column.
+    energies : array_like
+        `[columns, mels]`, log-mel energies.
+    column : float
+        Seconds of a column.
+    timeline : psla_sb.timeline.Timeline
+        The scores of all classes.
+    path : str or Path
+        The PNG file to write.
+    title : str
+        What the recording is called.
+    n_rows : int
+        How many classes are drawn.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        What was written.
+
+    Example
+    -------
+    >>> from psla_sb.timeline import Timeline
+    >>> timeline = Timeline(np.array([0.16, 0.48]), np.array([[0.1, 0.2], [0.1, 0.9]]), ["Bell", "Rain"], ["/m/1", "/m/2"])
+    >>> extremes, energies = np.random.rand(64, 2) - [1, 0], np.random.randn(64, 40)
+    >>> figure = recording(extremes, energies, 0.01, timeline, getfixture("tmp_path") / "recording.png")
+    >>> [label.get_text() for label in figure.axes[4].get_yticklabels()]
+    ['Rain', 'Bell']
+    """
+    seconds = len(extremes) * column
+    unit, scale = ("s", 1) if seconds < 300 else ("min", 60) if seconds < 3 * 3600 else ("h", 3600)
+    shown = np.argsort(-timeline.scores.max(axis=0), kind="stable")[:n_rows]
+    # a step that is narrower than a dot of the picture must not vanish
+    together = -(-len(timeline.times) // 1500)
+    scores = np.pad(timeline.scores[:, shown], ((0, -len(timeline.times) % together), (0, 0)))
+    scores = scores.reshape(-1, together, len(shown)).max(axis=1)
+    step = (timeline.times[1] - timeline.times[0] if len(timeline.times) > 1 else 2 * timeline.times[0]) * together
+    with page(path, 3.0 + 0.17 * len(shown), layout="constrained") as figure:
+        rows = figure.subplots(3, 2, width_ratios=[50, 1], height_ratios=[1, 1.3, 0.25 + 0.17 * len(shown)])
+        (wave, nothing), (image, energy_scale), (heat, score_scale) = rows
+        nothing.axis("off")
+        times = (np.arange(len(extremes)) + 0.5) * column / scale
+        wave.fill_between(times, extremes[:, 0], extremes[:, 1], color=BLUE, linewidth=0.3)
+        highest = 1.05 * np.abs(extremes).max(initial=1e-3)
+        wave.set(ylim=(-highest, highest), ylabel="amplitude")
+        wave.set_title(_shorten(title, 100))
+        look = {"aspect": "auto", "interpolation": "nearest"}
+        lowest, loudest = np.percentile(energies, [5, 99.8])
+        drawn = image.imshow(
+            np.transpose(energies),
+            origin="lower",
+            cmap="magma",
+            extent=(0, seconds / scale, 0, energies.shape[1]),
+            vmin=lowest,
+            vmax=max(loudest, lowest + 1),
+            **look,
+        )
+        image.set(ylabel="mel band", yticks=[0, energies.shape[1]])
+        figure.colorbar(drawn, cax=energy_scale, label="log energy")
+        drawn = heat.imshow(scores.T, cmap="Blues", extent=(0, len(scores) * step / scale, len(shown), 0), vmin=0, vmax=1, **look)
+        heat.set_yticks(np.arange(len(shown)) + 0.5, [_shorten(timeline.labels[c]) for c in shown])
+        heat.set(xlabel=f"time ({unit})")
+        heat.tick_params(axis="y", length=0)
+        figure.colorbar(drawn, cax=score_scale, label="score", ticks=[0, 0.5, 1])
+        for axes in (wave, image, heat):
+            axes.grid(visible=False)
+            axes.set_xlim(0, seconds / scale)
+            axes.tick_params(labelbottom=axes is heat)
+        for axes in (energy_scale, score_scale):
+            axes.tick_params(labelsize=6)
+    return figure
+
+
 def _fit(text, width):
     """Makes letters smaller, if a text is wider than so many inches."""
     excess = text.get_window_extent().width / (0.98 * width * text.figure.dpi)
@@ -344,7 +530,7 @@ def write_pictures(brain, dataset, name, vocabulary, train_labels):
     Arguments
     ---------
     brain : TaggingBrain
-        After `psla_sb.experiment.evaluate`.
+        After `psla_sb.evaluation.evaluate`.
     dataset : TaggingDataset
         The set that was reported on.
     name : str

@@ -1,24 +1,27 @@
 """Label enhancement: each rule by hand, and all of them against a slow restatement on random ontologies."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.labels import enhancement
 from psla_sb.labels.enhancement import (
     NEVER_GENERATE,
-    added_labels,
-    audit,
     candidate_matrix,
     class_thresholds,
     enhance,
+    enhance_annotation,
     enhance_labels,
-    mended,
+    read_scores,
 )
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
+from psla_sb.labels.report import added_labels
 from psla_sb.labels.vocabulary import Vocabulary
 
 
@@ -263,24 +266,161 @@ def test_candidate_matrix_unites_the_types():
     np.testing.assert_array_equal(candidate_matrix(vocabulary, CHAIN), one | two)
 
 
-def test_added_labels_and_mended_count_pairs():
-    clean = LabelSets.from_lists([[0, 1, 2], [3], [], [1, 0]])
-    noisy = LabelSets.from_lists([[1], [3], [], [1]])
-    enhanced = LabelSets.from_lists([[1, 0, 3], [3], [2], [1]])
-    clips, classes = added_labels(noisy, enhanced)
-    assert (clips.tolist(), classes.tolist()) == ([0, 0, 2], [0, 3, 2])
-    assert mended(noisy, enhanced, clean) == (1 / 3, 1 / 3)
-    assert np.isnan(mended(clean, clean, clean)).all()
-    with pytest.raises(ValueError, match="different numbers of clips"):
-        added_labels(clean, LabelSets.from_lists([[0]]))
+class Files:
+    """Scores, IDs and ontology as files, and an annotation of the same clips in another order."""
+
+    def __init__(self, folder, n_clips=300):
+        self.folder, self.rng = folder, np.random.default_rng(2)
+        self.label_sets, self.scores, self.vocabulary = random_case(n_clips)
+        self.ids = [f"clip{i}" for i in range(n_clips)]
+        self.ontology = folder / "ontology.json"
+        entries = [{"id": mid, "name": mid, "child_ids": CHAIN.children(mid)} for mid in CHAIN_MIDS]
+        self.ontology.write_text(json.dumps(entries))
+        self.write(self.ids, self.scores)
+        self.order = self.rng.permutation(n_clips)
+
+    def write(self, ids, scores):
+        np.save(self.folder / "scores.npy", scores)
+        (self.folder / "ids.csv").write_text("ID\n" + "".join(f"{i}\n" for i in ids))
+
+    def enhance(self, order=None, scores=None, **options):
+        order = self.order if order is None else order
+        labels = self.label_sets.take(order)
+        text = [";".join(self.vocabulary.mids[c] for c in row) for row in labels]
+        ids = [self.ids[i] for i in order]
+        manifest = Manifest.from_columns(ids, ids, [1.0] * len(ids), text, source="train.csv")
+        return enhance_annotation(manifest, labels, self.vocabulary, scores or self.folder, self.ontology, **options)
 
 
-def test_audit_counts_gaps():
-    # cat and dog below pet, dog also below animal; "robot" is not in the ontology
-    ontology = make_ontology({"pet": ["cat", "dog", "ant"], "animal": ["dog"]})
-    vocabulary = make_vocabulary(["cat", "dog", "pet", "animal", "robot"])
-    clips = [["cat"], ["cat", "pet"], ["dog", "pet"], ["dog", "pet", "animal", "dog"], ["dog"], ["pet"], ["robot"], []]
-    found = audit(LabelSets.from_lists([[vocabulary.index(m) for m in clip] for clip in clips]), vocabulary, ontology)
-    assert found.carried.tolist() == [2, 3, 4, 1, 1]
-    assert found.without_parent.tolist() == [1, 2, 0, 0, 0]
-    assert found.without_child.tolist() == [0, 0, 1, 0, 0]
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+def as_lists(label_sets):
+    return [row.tolist() for row in label_sets]
+
+
+@pytest.mark.parametrize("options", [{}, {"threshold": 25, "types": ["I"]}, {"threshold": "median", "types": "II"}])
+def test_annotation_and_scores_meet_by_id(files, options):
+    usual = enhance(files.label_sets, files.scores, files.vocabulary, CHAIN, **options)
+    assert added_labels(files.label_sets, usual)[0].size > 20
+    expected = [as_lists(usual)[i] for i in files.order]
+    assert as_lists(files.enhance(**options)) == expected
+    shuffled = files.rng.permutation(len(files.ids))
+    files.write([files.ids[i] for i in shuffled], files.scores[shuffled])
+    assert as_lists(files.enhance(**options)) == expected
+    (files.folder / "scores.npy").rename(files.folder / "other.npy")
+    assert as_lists(files.enhance(scores=files.folder / "other.npy", **options)) == expected
+
+
+def test_scores_of_other_clips_do_not_matter(files):
+    part = files.order[:100]
+    expected = enhance(files.label_sets.take(part), files.scores[part], files.vocabulary, CHAIN)
+    assert added_labels(files.label_sets.take(part), expected)[0].size > 20
+    assert as_lists(files.enhance(part)) == as_lists(expected)
+
+
+def test_the_log_says_what_was_added_and_which_classes_have_no_threshold(files, caplog):
+    caplog.set_level("INFO")
+    without_dog = [i for i in range(len(files.ids)) if 1 not in files.label_sets[i]]
+    before = files.label_sets.take(without_dog)
+    clips = added_labels(before, files.enhance(without_dog))[0]
+    assert clips.size > 20
+    said = f"{clips.size} labels added to {before.indices.size}, on {np.unique(clips).size} of {len(before)} clips"
+    assert said in caplog.text
+    assert "1 classes are on no clip, so they have no threshold and are not added: dog" in caplog.text
+    caplog.clear()
+    files.enhance()
+    assert "no threshold" not in caplog.text
+
+
+def break_missing_ids(files):
+    files.write(files.ids[2:], files.scores[2:])
+
+
+def break_repeated_ids(files):
+    files.write([*files.ids[1:], files.ids[-1]], files.scores)
+
+
+def break_number_of_ids(files):
+    files.write(files.ids[1:], files.scores)
+
+
+def break_nan(files):
+    files.scores[7, 2] = np.nan
+    files.write(files.ids, files.scores)
+
+
+def break_classes(files):
+    files.write(files.ids, files.scores[:, :3])
+
+
+def break_dimensions(files):
+    files.write(files.ids, files.scores[:, 0])
+
+
+def break_whole_numbers(files):
+    files.write(files.ids, (100 * files.scores).astype(int))
+
+
+def break_npy(files):
+    (files.folder / "scores.npy").write_bytes((files.folder / "scores.npy").read_bytes()[:500])
+
+
+def break_pickle(files):
+    np.save(files.folder / "scores.npy", np.array([{}], dtype=object), allow_pickle=True)
+
+
+def break_no_scores(files):
+    (files.folder / "scores.npy").unlink()
+
+
+def break_no_ids(files):
+    (files.folder / "ids.csv").unlink()
+
+
+def break_ids_header(files):
+    (files.folder / "ids.csv").write_text("clip\na\n")
+
+
+def break_no_ontology(files):
+    files.ontology.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (break_missing_ids, r"scores\.npy: lacks 2 of the 300 clips of train\.csv, first 'clip[01]'"),
+        (break_repeated_ids, r"scores\.npy: some IDs .* more than once"),
+        (break_number_of_ids, r"ids\.csv has 299 IDs for the scores in scores\.npy, whose shape is \[300, 4\]"),
+        (break_nan, r"scores\.npy: the teacher's scores of clip 7 are not all finite"),
+        (break_classes, r"scores\.npy: the teacher's scores have the shape \[300, 3\].* \[300, 4\]"),
+        (break_dimensions, r"ids\.csv has 300 IDs .*whose shape is \[300\]"),
+        (break_whole_numbers, r"scores\.npy: .* must be floating-point numbers, not int64"),
+        (break_npy, r"scores\.npy: not a whole \.npy file"),
+        (break_pickle, r"scores\.npy: not a whole \.npy file"),
+        (break_no_scores, r"scores\.npy: no such file of a teacher's scores; .*enhance_labels\.py"),
+        (break_no_ids, r"ids\.csv: no such file"),
+        (break_ids_header, r"ids\.csv: not a CSV file with a column 'ID'"),
+        (break_no_ontology, r"ontology\.json: cannot read"),
+    ],
+)
+def test_broken_files_of_scores_are_refused_by_name(files, spoil, message):
+    files.enhance()
+    spoil(files)
+    with pytest.raises(InputError, match=message):
+        files.enhance()
+
+
+@pytest.mark.parametrize("options", [{"threshold": "max"}, {"threshold": 101}, {"types": ["III"]}])
+def test_wrong_options_are_refused(files, options):
+    with pytest.raises(InputError, match="must be"):
+        files.enhance(**options)
+
+
+def test_ids_are_text(files):
+    """Clips numbered 007 are not clips numbered 7, nor are NA and null missing values."""
+    ids = ["007", "7", "NA", "null", "1e5"]
+    files.write(ids, files.scores[:5])
+    assert read_scores(files.folder)[1].to_pylist() == ids

@@ -19,7 +19,17 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import KaldiFbank
 from psla_sb.metrics import average_precision
-from psla_sb.plots import PAGE_WIDTH, STYLE, class_ap, example_clips, page, training_curves, write_pictures
+from psla_sb.plots import (
+    PAGE_WIDTH,
+    STYLE,
+    class_ap,
+    ensemble_curve,
+    example_clips,
+    label_changes,
+    page,
+    training_curves,
+    write_pictures,
+)
 
 LONGEST = "Livestock, farm animals, working animals"  # of AudioSet's names
 DPI = STYLE["figure.dpi"]
@@ -205,6 +215,24 @@ def test_example_clips_show_features_labels_and_tags(tmp_path, n):
     assert_fit_to_print(figure, tmp_path / "examples.png")
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 40])
+@pytest.mark.parametrize("average", [None, 0.02])
+def test_ensemble_curve_is_what_it_is_given(tmp_path, n, average):
+    singles, ensembles = np.random.default_rng(n).uniform(0.1, 0.9, (2, n))
+    figure = ensemble_curve(singles, ensembles, tmp_path / "ensemble.png", average)
+    line, dots, *dashed = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), np.column_stack([np.arange(1, n + 1), ensembles]))
+    np.testing.assert_array_equal(dots.get_xydata(), np.column_stack([np.arange(1, n + 1), singles]))
+    assert (dots.get_linestyle(), dots.get_marker()) == ("None", "o")
+    assert [one.get_ydata()[0] for one in dashed] == ([] if average is None else [average])
+    low, high = figure.axes[0].get_ylim()
+    values = [*singles, *ensembles, *([] if average is None else [average])]
+    assert low < min(values)
+    assert max(values) < high
+    assert figure.axes[0].get_legend().get_texts()[0].get_text().startswith(f"ensemble: {ensembles[-1]:.3f} with {n} member")
+    assert_fit_to_print(figure, tmp_path / "ensemble.png")
+
+
 @pytest.mark.parametrize("n", [0, 13])
 def test_a_page_has_one_to_twelve_clips(tmp_path, n):
     with pytest.raises(ValueError, match=f"1 to 12 clips, not {n}"):
@@ -290,3 +318,22 @@ def test_a_run_writes_its_pictures(tiny_run):
     assert len(results["epochs"]) == 2
     for name in ("training_curves", "class_ap", "examples"):
         assert matplotlib.image.imread(folder / "plots" / f"{name}.png").shape[1] == PAGE_WIDTH * DPI
+
+
+@pytest.mark.parametrize("n", [0, 1, 60])
+def test_label_changes_shows_the_classes_with_most_additions(tmp_path, n):
+    rng = np.random.default_rng(0)
+    names, before = [f"{LONGEST} {i}" for i in range(70)], rng.integers(0, 10**6, 70)
+    added = np.where(np.arange(70) < n, rng.permutation(70) + 1, 0)
+    figure = label_changes(names, before, before + added, tmp_path / "labels.png", "Labels of train.csv")
+    assert_fit_to_print(figure, tmp_path / "labels.png")
+    bars = [bar.get_width() for bar in figure.axes[0].patches]
+    assert bars == sorted(added[:n], reverse=True)[:40]
+    assert figure.get_suptitle().splitlines()[1] == f"{before.sum():,} labels before, {added.sum():,} added, to {n} of 70 classes"
+    assert ("the other 20 got" in figure.get_suptitle()) == (n == 60)
+
+
+def test_label_changes_of_a_class_that_was_on_no_clip(tmp_path):
+    figure = label_changes(["Bell", "Rain"], [0, 5], [2, 5], tmp_path / "labels.png")
+    assert_fit_to_print(figure, tmp_path / "labels.png")
+    assert [text.get_text() for text in figure.axes[1].texts] == ["new"]

@@ -1,9 +1,10 @@
 """Sound files as mono float waveforms at the model's sample rate, and one clear error for those that cannot be read."""
 
+import os
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
+import soundfile
 import torch
 from speechbrain.dataio import audio_io
 from torchaudio.transforms import Resample
@@ -54,7 +55,8 @@ def read_audio(path, sample_rate=16000):
     Raises
     ------
     AudioError
-        The file is missing, is not sound, has no samples, has samples that are not numbers, or a sample rate that no sound has.
+        The file is missing, is not a regular file, is not sound, has no samples, has samples that are not numbers, or a sample
+        rate that no sound has.
 
     Example
     -------
@@ -63,23 +65,131 @@ def read_audio(path, sample_rate=16000):
     >>> read_audio(path).shape
     torch.Size([16000])
     """
+    _check_file(path)
     try:
         wave, rate = audio_io.load(str(path), channels_first=False)
     except Exception as error:
         # soundfile raises several kinds of exceptions for broken files, and SpeechBrain wraps them
-        if Path(path).is_file():
-            reason = f"cannot be decoded as sound ({getattr(error.__cause__, 'error_string', error.__cause__)})"
-        else:
-            reason = "is a folder, not a sound file" if Path(path).is_dir() else "no such file"
-        raise AudioError(f"{path}: {reason}") from None
-    if rate not in SAMPLE_RATES:
-        raise AudioError(f"{path}: has a sample rate of {rate} Hz in its header, which cannot be right")
-    wave = wave.mean(dim=1)
+        raise AudioError(_undecoded(path, error.__cause__)) from None
+    _check_rate(path, rate)
+    wave = _mono(path, wave)
     if len(wave) == 0:
         raise AudioError(f"{path}: has no samples")
+    return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
+
+
+def _check_file(path):
+    """Nothing but a regular file is opened: a pipe or a device would keep the reader for ever."""
+    if not os.path.isfile(path):
+        folder = "is a folder, not a sound file" if os.path.isdir(path) else "is a device or a pipe, not a sound file"
+        raise AudioError(f"{path}: {folder if os.path.exists(path) else 'no such file'}")
+
+
+def _undecoded(path, error):
+    return f"{path}: cannot be decoded as sound ({getattr(error, 'error_string', error)})"
+
+
+def _check_rate(path, rate):
+    if rate not in SAMPLE_RATES:
+        raise AudioError(f"{path}: has a sample rate of {rate} Hz in its header, which cannot be right")
+
+
+def _mono(path, wave):
+    """`[samples, channels]` -> `[samples]`"""
+    wave = wave.mean(dim=1)
     if not torch.isfinite(wave).all():
         raise AudioError(f"{path}: has samples that are not finite numbers")
-    return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
+    return wave
+
+
+def read_blocks(path, sample_rate=16000, seconds=10.0):
+    """Decodes a sound file of any length piece by piece: the pieces, joined, are what `read_audio` returns.
+
+    Arguments
+    ---------
+    path : str or Path
+        See `read_audio`.
+    sample_rate : int
+        Of the result, in Hz.
+    seconds : float
+        What is read at a time.
+
+    Yields
+    ------
+    torch.Tensor
+        `[samples]`, float32.
+
+    Raises
+    ------
+    AudioError
+        See `read_audio`.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "long.wav"
+    >>> audio_io.save(path, torch.zeros(2, 44100 * 25), 44100)
+    >>> sum(len(block) for block in read_blocks(path))
+    400000
+    """
+    blocks = _decoded_blocks(path, seconds)
+    rate, n_samples = next(blocks), 0
+    _check_rate(path, rate)
+    for block in blocks if rate == sample_rate else resampled(blocks, _resampler(rate, sample_rate)):
+        n_samples += len(block)
+        yield block
+    if n_samples == 0:
+        raise AudioError(f"{path}: has no samples")
+
+
+def _decoded_blocks(path, seconds):
+    """The sample rate, then the pieces in mono."""
+    _check_file(path)
+    try:
+        with soundfile.SoundFile(str(path)) as file:
+            yield file.samplerate
+            while len(block := file.read(max(1, round(seconds * file.samplerate)), dtype="float32", always_2d=True)):
+                yield _mono(path, torch.from_numpy(block))
+    except (soundfile.SoundFileError, OSError, TypeError) as error:
+        raise AudioError(_undecoded(path, error)) from None
+
+
+def resampled(blocks, resample):
+    """Resamples a signal that comes piece by piece; the result has no seams.
+
+    The filter repeats after a whole number of samples in (`orig_freq`) and out (`new_freq`). Each call gets as much of the signal
+    on either side as the filter reaches, and of its answer only whole periods are kept that saw no edge.
+
+    Arguments
+    ---------
+    blocks : iterable of torch.Tensor
+        `[samples]` each.
+    resample : torchaudio.transforms.Resample
+        With frequencies that have no common divisor.
+
+    Yields
+    ------
+    torch.Tensor
+        `[samples]`
+
+    Example
+    -------
+    >>> resample, wave = Resample(441, 160), torch.randn(10_000)
+    >>> torch.allclose(torch.cat(list(resampled(wave.split(3000), resample))), resample(wave), atol=1e-6)
+    True
+    """
+    period_in, period_out = resample.orig_freq, resample.new_freq
+    context = resample.width // period_in + 2  # periods
+    signal, done = torch.zeros(0), 0
+    for block in blocks:
+        signal = torch.cat([signal, block])
+        ready = len(signal) // period_in - context
+        if ready > done:
+            yield resample(signal)[done * period_out : ready * period_out]
+            dropped = max(0, ready - context)
+            signal, done = signal[dropped * period_in :], ready - dropped
+    rest = resample(signal)[done * period_out :] if len(signal) else signal
+    if len(rest):
+        yield rest
 
 
 def read_clip(path, sample_rate=16000, n_samples=None):

@@ -6,13 +6,17 @@ A worker decodes, subtracts the clip's mean and cuts; features are computed on t
 import gc
 import signal
 
+import numpy as np
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, read_clip
 from psla_sb.dataio.sampler import Draw
+from psla_sb.labels.label_sets import LabelSets
 
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "sig", "target", "partner", "error"]
@@ -38,6 +42,8 @@ class TaggingDataset(DynamicItemDataset):
         Of the waveforms, in Hz.
     n_samples : int, optional
         Samples beyond this many are left out.
+    teacher : np.ndarray, optional
+        `[clips, classes]`, scores of other models, memory-mapped; an item then has its row of them as `teacher`.
 
     Example
     -------
@@ -49,7 +55,7 @@ class TaggingDataset(DynamicItemDataset):
     (tensor([0., 1., 0.]), 'nowhere.wav: no such file')
     """
 
-    def __init__(self, manifest, label_sets, n_classes, sample_rate=16000, n_samples=None):
+    def __init__(self, manifest, label_sets, n_classes, sample_rate=16000, n_samples=None, teacher=None):
         # SpeechBrain's own __init__ makes a dictionary of all rows
         self.data, self.data_ids = manifest, range(len(manifest))
 
@@ -70,11 +76,55 @@ class TaggingDataset(DynamicItemDataset):
             target[torch.from_numpy(label_sets[index]).long()] = 1.0
             return target
 
-        self.pipeline = DataPipeline(STATIC_KEYS, [audio_pipeline, label_pipeline], OUTPUT_KEYS)
+        @takes("index")
+        @provides("teacher")
+        def teacher_pipeline(index):
+            return torch.from_numpy(np.array(teacher[index]))
+
+        outputs = OUTPUT_KEYS if teacher is None else [*OUTPUT_KEYS, "teacher"]
+        self.pipeline = DataPipeline(STATIC_KEYS, [audio_pipeline, label_pipeline, teacher_pipeline], outputs)
 
     def __getitem__(self, key):
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
         return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
+
+
+def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0):
+    """A loader of clips without their labels.
+
+    Arguments
+    ---------
+    manifest : Manifest
+        The clips.
+    sample_rate : int
+        In Hz.
+    n_samples : int or None
+        Samples beyond this many are left out.
+    batches : sequence of sequences of int
+        The rows that make up each batch.
+    num_workers : int
+        Processes that decode.
+
+    Returns
+    -------
+    torch.utils.data.DataLoader
+        Of PaddedBatch.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> manifest = Manifest.from_columns(["a"], ["nowhere.wav"], [1.0], ["/m/1"])
+    >>> next(iter(clip_loader(manifest, 16000, None, [[0]]))).error
+    ['nowhere.wav: no such file']
+    """
+    unlabelled = LabelSets(np.zeros(len(manifest) + 1, np.int64), np.zeros(0, np.int32))
+    return DataLoader(
+        TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples),
+        batch_sampler=batches,
+        collate_fn=PaddedBatch,
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+    )
 
 
 def ignore_signals(worker_id):

@@ -131,7 +131,7 @@ class Manifest:
             ids = [Path(wav).stem for wav in wavs]
         except FileNotFoundError:
             raise InputError(f"{path}: no such data file.") from None
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             layout = '{"data": [{"wav": "path", "labels": "mid,mid"}, ...]}'
             raise InputError(f"{path}: not a PSLA data file ({error!r}); the layout is {layout}.") from None
         return cls.from_columns(ids if len(set(ids)) == len(ids) else wavs, wavs, [None] * len(ids), labels, source=path)
@@ -283,8 +283,8 @@ class Manifest:
             raise InputError(f"{source}: some IDs of its clips are there more than once; IDs must be unique.")
         rows = pc.index_in(self.table["ID"], value_set=ids)
         if rows.null_count:
-            first = self.table["ID"].filter(pc.is_null(rows))[0].as_py()
-            raise InputError(f"{source}: has nothing of {rows.null_count} of the {len(self)} clips of {self.source}, such as '{first}'")
+            first = self.table["ID"].filter(pc.is_null(rows))[0]
+            raise InputError(f"{source}: lacks {rows.null_count} of the {len(self)} clips of {self.source}, first '{first}'.")
         return rows.to_numpy()
 
     def with_labels(self, label_sets, vocabulary):

@@ -319,8 +319,7 @@ def enhance_annotation(manifest, label_sets, vocabulary, scores, ontology, thres
     ordered = with_an_empty_one.take(clips)
     ontology = Ontology.from_json(ontology)
     try:
-        thresholds = class_thresholds(values, ordered, threshold)
-        enhanced = enhance(ordered, values, vocabulary, ontology, thresholds, types).take(rows)
+        enhanced = enhance(ordered, values, vocabulary, ontology, threshold, types).take(rows)
     except InputError as error:
         raise InputError(f"label enhancement with {source}: {error}") from None
     changed = int((np.diff(enhanced.offsets) > np.diff(label_sets.offsets)).sum())
@@ -329,10 +328,27 @@ def enhance_annotation(manifest, label_sets, vocabulary, scores, ontology, thres
         *(threshold, types if isinstance(types, str) else "+".join(types)),
         *(enhanced.indices.size - label_sets.indices.size, label_sets.indices.size, changed, len(manifest), source),
     )
-    if np.isnan(thresholds).any():
-        missing = [vocabulary.names[c] for c in np.flatnonzero(np.isnan(thresholds))]
-        logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(missing), "; ".join(missing))
+    warn_of_classes_without_clips(label_sets, vocabulary)
     return enhanced
+
+
+def warn_of_classes_without_clips(label_sets, vocabulary):
+    """Logs which classes cannot be added to any clip, having no threshold.
+
+    Arguments
+    ---------
+    label_sets : LabelSets
+        The labels that the clips came with.
+    vocabulary : Vocabulary
+
+    Example
+    -------
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> warn_of_classes_without_clips(LabelSets.from_lists([[0]]), Vocabulary(["/m/1"], ["Bell"]))
+    """
+    names = [vocabulary.names[c] for c in np.flatnonzero(label_sets.counts(len(vocabulary)) == 0)]
+    if names:
+        logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(names), "; ".join(names))
 
 
 def read_scores(path):
@@ -385,69 +401,6 @@ def read_scores(path):
     return scores, ids, source
 
 
-def added_labels(before, after):
-    """The labels that clips have afterwards and had not before.
-
-    Arguments
-    ---------
-    before, after : LabelSets
-        Of the same clips.
-
-    Returns
-    -------
-    clips, classes : numpy.ndarray [added]
-        int64; one pair per added label, sorted by clip, then by class.
-
-    Raises
-    ------
-    ValueError
-        If the two are not of as many clips.
-
-    Example
-    -------
-    >>> added_labels(LabelSets.from_lists([[3], [0]]), LabelSets.from_lists([[3], [0, 2]]))
-    (array([1]), array([2]))
-    """
-    old, new, n_classes = _keys(before, after)
-    return np.divmod(np.setdiff1d(new, old, assume_unique=True), n_classes)
-
-
-def mended(noisy, enhanced, clean):
-    """How well enhancement brought back labels that had been taken away.
-
-    Arguments
-    ---------
-    noisy : LabelSets
-        Labels with some taken away.
-    enhanced : LabelSets
-        `noisy` after enhancement.
-    clean : LabelSets
-        The labels before some were taken away.
-
-    Returns
-    -------
-    precision : float
-        Which part of the added labels is right; NaN if none was added.
-    recall : float
-        Which part of the labels taken away is back; NaN if none was taken away.
-
-    Raises
-    ------
-    ValueError
-        If the three are not of as many clips.
-
-    Example
-    -------
-    >>> sets = LabelSets.from_lists
-    >>> mended(sets([[0], [1]]), sets([[0, 2], [1, 3]]), sets([[0, 2], [1, 0]]))
-    (0.5, 0.5)
-    """
-    old, new, target, _ = _keys(noisy, enhanced, clean)
-    added, lost = np.setdiff1d(new, old, assume_unique=True), np.setdiff1d(target, old, assume_unique=True)
-    right = np.intersect1d(added, lost, assume_unique=True).size
-    return (right / added.size if added.size else np.nan, right / lost.size if lost.size else np.nan)
-
-
 def _average(kind):
     if kind in ("mean", "median"):
         return getattr(np, kind)
@@ -480,12 +433,3 @@ def _blocks(scores):
         yield start, start + len(block), block
         if releases:
             mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _keys(*label_sets):
-    """One sorted int64 array of distinct clip * classes + class for each argument, then the number of classes."""
-    if len({len(sets) for sets in label_sets}) > 1:
-        raise ValueError(f"label sets of different numbers of clips: {[len(sets) for sets in label_sets]}")
-    n_classes = 1 + max((int(sets.indices.max()) for sets in label_sets if sets.indices.size), default=0)
-    pairs = [sets.pairs(n_classes) for sets in label_sets]
-    return *(clips * n_classes + classes for clips, classes in pairs), n_classes

@@ -98,7 +98,7 @@ class Ontology:
                 entries = json.load(file)
         except OSError as error:
             raise InputError(f"{path}: cannot read this ontology ({error.strerror})") from None
-        except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        except (ValueError, RecursionError) as error:  # json.JSONDecodeError and UnicodeDecodeError are both ValueErrors
             raise InputError(f"{path}: not a JSON file ({error})") from None
         if not isinstance(entries, list) or not entries:
             raise InputError(f"{path}: expected a JSON list of ontology entries, as in AudioSet's ontology.json")
@@ -248,7 +248,7 @@ def main(argv=None):
             counts = dict(zip(vocabulary.mids, label_sets.counts(len(vocabulary)).tolist(), strict=True))
         print(ontology.tree(counts))
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

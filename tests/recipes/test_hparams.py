@@ -12,7 +12,7 @@ from runs import REPOSITORY
 HPARAMS = REPOSITORY / "recipes" / "AudioSet" / "hparams"
 
 
-@pytest.fixture(params=["psla", "psla_balanced", "baseline"])
+@pytest.fixture(params=["psla", "psla_balanced", "psla_balanced_enhanced", "baseline"])
 def recipe(request, tmp_path):
     """The name of a full recipe, its values as they stand in the file, and what they build, without ImageNet weights."""
     text = (HPARAMS / f"{request.param}.yaml").read_text(encoding="utf-8")
@@ -25,6 +25,7 @@ def test_optimisation(recipe):
     lr, epochs, average_start, decay_start = {
         "psla": (1e-4, 30, 16, 10),
         "psla_balanced": (1e-3, 60, 41, 35),
+        "psla_balanced_enhanced": (1e-3, 60, 41, 35),
         "baseline": (1e-4, 30, 16, 10),
     }[name]
     optimizer = built["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
@@ -52,6 +53,8 @@ def test_data_and_augmentation(recipe):
     techniques = (values["pretrained"], values["mixup_rate"], *masks)
     assert techniques == ((None, 0, 0, 0) if name == "baseline" else ("imagenet", 0.5, 48, 192))
     assert built["balanced_sampling"] == (name == "psla")
+    enhancement = built["label_enhancement"]
+    assert (enhancement and enhancement.keywords["threshold"]) == ("mean" if name == "psla_balanced_enhanced" else None)
     assert (built["class_weight_offset"], built["draws_per_epoch"], built["replacement"]) == (0.01, None, True)
 
 
