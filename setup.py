@@ -30,6 +30,11 @@ setup(
         "tqdm",
         "matplotlib",
     ],
-    extras_require={"test": ["pytest", "pytest-cov", "hypothesis", "ruff"]},
-    entry_points={"console_scripts": ["psla-tag = psla_sb.cli:tag", "psla-import = psla_sb.interop:main"]},
+    extras_require={
+        "onnx": ["onnx", "onnxruntime"],
+        "test": ["pytest", "pytest-cov", "hypothesis", "ruff", "onnx", "onnxruntime"],
+    },
+    entry_points={
+        "console_scripts": ["psla-tag = psla_sb.cli:tag", "psla-export = psla_sb.cli:export", "psla-import = psla_sb.interop:main"]
+    },
 )

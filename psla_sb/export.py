@@ -88,6 +88,47 @@ def read_definitions(hparams_file):
     return definitions
 
 
+def definitions_text(definitions):
+    """Definitions as YAML, which HyperPyYAML builds and which can be compared.
+
+    Example
+    -------
+    >>> definitions_text({"sample_rate": 16000})
+    'sample_rate: 16000\\n'
+    """
+    text = io.StringIO()
+    ruamel.yaml.YAML().dump(CommentedMap(definitions), text)
+    return text.getvalue()
+
+
+def plain_definitions(definitions, encoder):
+    """Definitions whose classifier does not refer to the encoder: what `!ref <embedding_model.out_channels>` became is a number.
+
+    Arguments
+    ---------
+    definitions : dict
+        As `read_definitions` returns them; changed in place.
+    encoder : torch.nn.Module
+        What `embedding_model` describes.
+
+    Returns
+    -------
+    dict
+        The same.
+
+    Example
+    -------
+    >>> import torch
+    >>> definitions = ruamel.yaml.YAML().load("classifier: !new:torch.nn.Linear {in_features: !apply:getattr [x, in_features]}")
+    >>> plain_definitions(definitions, torch.nn.Linear(3, 1))["classifier"]["in_features"]
+    3
+    """
+    for key, value in definitions["classifier"].items():
+        if getattr(getattr(value, "tag", None), "value", None) == "!apply:getattr":
+            definitions["classifier"][key] = getattr(encoder, value[1])
+    return definitions
+
+
 def write_tagger(folder, definitions, modules, vocabulary):
     """What `export_tagger` does, with the definitions themselves in place of a run's file.
 
@@ -118,12 +159,8 @@ def write_tagger(folder, definitions, modules, vocabulary):
     >>> print((getfixture("tmp_path") / "hyperparams.yaml").read_text().splitlines()[0])
     sample_rate: 16000
     """
-    for key, value in definitions["classifier"].items():
-        # what `!ref <embedding_model.out_channels>` became
-        if getattr(getattr(value, "tag", None), "value", None) == "!apply:getattr":
-            definitions["classifier"][key] = getattr(modules["embedding_model"], value[1])
     yaml, text = ruamel.yaml.YAML(), io.StringIO()
-    yaml.dump(CommentedMap(definitions), text)
+    text.write(definitions_text(plain_definitions(definitions, modules["embedding_model"])))
     text.write("modules:\n" + "".join(f"    {name}: !ref <{name}>\n" for name in MODULES))
     text.write("label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder\n")
     yaml.dump({"mids": vocabulary.mids}, text)

@@ -4,18 +4,23 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import ruamel.yaml
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from speechbrain.inference.interfaces import Pretrained
+from tqdm import tqdm
 
 from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import load_into, load_weights, snapshot_path
-from psla_sb.dataio.audio import read_clip
+from psla_sb.dataio.audio import read_blocks, read_clip
+from psla_sb.dataio.dataset import clip_loader
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.embedding import SoundEncoder, finite
 from psla_sb.errors import InputError
 from psla_sb.export import MODULES, definitions_text, label_encoder, read_definitions
 from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.timeline import Timeline, batches, events, overlapped, windows
 
 # What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
 KNOWN_PARTS = (
@@ -41,7 +46,21 @@ class Tag(NamedTuple):
     score: float
 
 
-class AudioTagger(Pretrained):
+class FileTags(NamedTuple):
+    """What became of one of many files: `tags`, a list of Tag, or, if it could not be tagged, None and an `error`.
+
+    Example
+    -------
+    >>> FileTags("nowhere.wav", None, "nowhere.wav: no such file").error
+    'nowhere.wav: no such file'
+    """
+
+    path: str
+    tags: list | None
+    error: str | None
+
+
+class AudioTagger(SoundEncoder):
     """A trained tagger.
 
     Example
@@ -69,6 +88,26 @@ class AudioTagger(Pretrained):
 
     MODULES_NEEDED = MODULES
     HPARAMS_NEEDED = ("sample_rate", "mids", "label_encoder")
+
+    @classmethod
+    def from_hparams(cls, source, savedir=None, **kwargs):
+        """Loads a folder on this machine, or a repository on Hugging Face.
+
+        `hyperparams.yaml` is SpeechBrain's HyperPyYAML: this constructs whatever it names, so **it can run any code of whoever
+        wrote it**. Load what you trust, pinned to a revision that you have read. `from_folder` loads a folder on this machine and
+        constructs nothing but the toolkit's parts.
+
+        Arguments
+        ---------
+        source : str
+            A folder, or the name of a repository, such as `somebody/tagger`.
+        savedir : str or Path, optional
+            Where to keep what is downloaded; otherwise in Hugging Face's cache.
+        **kwargs
+            For SpeechBrain's `Pretrained.from_hparams`, such as `run_opts={"device": "cuda:0"}`, or
+            `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")` from `speechbrain.utils.fetching`.
+        """
+        return super().from_hparams(source=str(source), savedir=savedir, **kwargs)
 
     @classmethod
     def from_folder(cls, folder, **kwargs):
@@ -242,7 +281,7 @@ class AudioTagger(Pretrained):
         Arguments
         ---------
         wavs : torch.Tensor
-            `[batch, samples]`, at the model's sample rate.
+            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
         wav_lens : torch.Tensor, optional
             `[batch]`, relative lengths.
 
@@ -250,11 +289,13 @@ class AudioTagger(Pretrained):
         -------
         torch.Tensor
             `[batch, classes]`, in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            Tensors of another kind, or samples that are not finite or too large.
         """
-        if wav_lens is not None:
-            wav_lens = wav_lens.to(self.device)
-        with torch.inference_mode():
-            return self.tag_features(self.mods.mean_var_norm(self.mods.compute_features(wavs.to(self.device), wav_lens)))
+        return self.tag_features(finite(self.features(wavs, wav_lens)))
 
     def tag_features(self, feats):
         """Scores of a batch of normalised features.
@@ -269,18 +310,21 @@ class AudioTagger(Pretrained):
         torch.Tensor
             `[batch, classes]`, in [0, 1].
         """
+        feature_map = self.encode_features(feats)
         with torch.inference_mode(), self.inference_ctx:
-            return self.mods.classifier(self.mods.embedding_model(feats)).clamp(0.0, 1.0)
+            return self.mods.classifier(feature_map).clamp(0.0, 1.0)
 
-    def tag_file(self, path, top_k=5):
-        """The best-scored classes of a sound file.
+    def tag_file(self, path, top_k=5, threshold=None):
+        """The best-scored classes of a sound file; of a long one, of its beginning, as much as the model was trained on.
 
         Arguments
         ---------
         path : str or Path
             Any format, sample rate and number of channels that `psla_sb.dataio.audio.read_audio` reads.
         top_k : int
-            How many classes.
+            How many classes at most.
+        threshold : float, optional
+            The score that a class must have at least.
 
         Returns
         -------
@@ -289,14 +333,160 @@ class AudioTagger(Pretrained):
 
         Raises
         ------
-        AudioError
-            The file cannot be read.
+        InputError
+            The file cannot be read, or its samples are too large.
+        ValueError
+            `top_k` is below 1.
         """
-        wave = read_clip(path, self.hparams.sample_rate)
-        best = self.tag_batch(wave[None])[0].cpu().topk(min(top_k, len(self.hparams.mids)))
+        feats = finite(self.features(read_clip(path, self.hparams.sample_rate)), path)
+        return self._tags(self.tag_features(feats)[0], top_k, threshold)
+
+    def _tags(self, scores, top_k, threshold):
+        if top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, not {top_k}")
+        best = scores.float().cpu().topk(min(top_k, len(scores)))
         return [
             Tag(self.hparams.label_encoder.ind2lab[i], self.hparams.mids[i], score)
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if threshold is None or score >= threshold
         ]
+
+    def tag_files(self, paths, batch_size=16, num_workers=0, top_k=5, threshold=None, progress=True):
+        """Tags many files, batch by batch, in their order.
+
+        Arguments
+        ---------
+        paths : iterable of str or Path
+            The files.
+        batch_size : int
+            Files that are on the device together.
+        num_workers : int
+            Processes that decode.
+        top_k, threshold
+            See `tag_file`.
+        progress : bool
+            Whether a bar on stderr, where that is a terminal, shows how far it is.
+
+        Yields
+        ------
+        FileTags
+            Of each file; one that cannot be tagged has an error.
+
+        Raises
+        ------
+        ValueError
+            A number is out of range.
+        """
+        if min(batch_size, top_k) < 1 or num_workers < 0:
+            raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
+        paths = [str(path) for path in paths]
+        if not paths:
+            return
+        manifest = Manifest.from_columns([str(row) for row in range(len(paths))], paths, [0.0] * len(paths), [""] * len(paths))
+        if self.n_samples is None:
+            # a longer clip in the batch would lengthen what the classifier sees of this one
+            batch_size = 1
+        rows = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
+        loader = clip_loader(manifest, self.hparams.sample_rate, self.n_samples, rows, num_workers)
+        with tqdm(total=len(paths), unit=" files", disable=None if progress else True) as bar:
+            for batch in loader:
+                feats = self.features(*batch.sig)
+                usable = torch.isfinite(feats).flatten(1).all(1)
+                scores = self.tag_features(feats.where(usable[:, None, None], 0.0)).cpu()
+                for row, error, good, answer in zip(batch.index, batch.error, usable.tolist(), scores, strict=True):
+                    if error is None and not good:
+                        error = f"{paths[row]}: samples that are not finite, or far outside of [-1, 1]"
+                    yield FileTags(paths[row], None if error else self._tags(answer, top_k, threshold), error)
+                bar.update(len(batch.index))
+
+    def classify_batch(self, wavs, wav_lens=None):
+        """Scores and the best class, as SpeechBrain's `EncoderClassifier.classify_batch` returns them.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
+        wav_lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        (torch.Tensor, torch.Tensor, torch.Tensor, list of str)
+            Probabilities `[batch, classes]`; the best class's probability, index and label, `[batch]` each.
+
+        Raises
+        ------
+        ValueError
+            See `tag_batch`.
+        """
+        return self._classified(self.tag_batch(wavs, wav_lens))
+
+    def classify_file(self, path):
+        """As `classify_batch`, for a file.
+
+        Arguments
+        ---------
+        path : str or Path
+            See `tag_file`.
+
+        Raises
+        ------
+        InputError
+            See `tag_file`.
+        """
+        feats = finite(self.features(read_clip(path, self.hparams.sample_rate)), path)
+        return self._classified(self.tag_features(feats))
+
+    def _classified(self, scores):
+        best, index = scores.max(dim=-1)
+        return scores, best, index, self.hparams.label_encoder.decode_torch(index)
+
+    def tag_timeline(self, path, window=10.0, hop=1.0, batch_size=8):
+        """The scores of all classes along a recording of any length, which is read piece by piece.
+
+        Overlapping windows are scored at each step of the encoder (0.32 s), without attention, which compares steps with each
+        other; where windows overlap, the curve is their mean.
+
+        Arguments
+        ---------
+        path : str or Path
+            See `tag_file`.
+        window : float
+            Seconds that the model sees together; at most what it was trained on.
+        hop : float
+            Seconds from a window to the next, rounded to whole steps.
+        batch_size : int
+            Windows that are on the device together.
+
+        Returns
+        -------
+        Timeline
+            The curves.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read, or its samples are too large.
+        ValueError
+            A number is out of range.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+        n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
+        pieces = windows(read_blocks(path, self.hparams.sample_rate), n_samples, hop_samples)
+        scores = [part.numpy() for part in overlapped(self._window_scores(pieces, batch_size, path), hop_steps)]
+        scores = np.concatenate(scores)
+        labels = [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
+        return Timeline(self.step_times(len(scores)).numpy(), scores, labels, list(self.hparams.mids))
+
+    events = staticmethod(events)
+
+    def _window_scores(self, pieces, batch_size, path):
+        """Yields each window's `[steps, classes]`."""
+        for wavs in batches(pieces, batch_size):
+            feature_map = self.encode_features(finite(self.features(wavs), path))
+            with torch.inference_mode():
+                scores = self.mods.classifier.segment_scores(feature_map)
+            yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
 
     forward = tag_batch

@@ -1,15 +1,21 @@
 """psla-tag, on the tagger of a tiny run."""
 
+import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from psla_sb.cli import tag
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.inference import AudioTagger
+from psla_sb.timeline import events, top_classes
 
 N_CLASSES = 39
 
@@ -53,14 +59,16 @@ def test_json(model, sounds, capsys):
 @pytest.mark.parametrize("form", ["table", "json"])
 def test_broken_files_among_others(form, model, sounds, tmp_path, capsys):
     (tmp_path / "text.wav").write_text("no sound")
-    files = [tmp_path / "none.wav", sounds[0], tmp_path, tmp_path / "text.wav", sounds[1]]
+    (tmp_path / "empty").mkdir()
+    files = [tmp_path / "none.wav", sounds[0], tmp_path / "empty", tmp_path / "text.wav", sounds[1]]
     assert status_of(*files, "--model", model, "--format", form) == 1
     done = capsys.readouterr()
     for sound in sounds:
         assert sound in done.out
     assert str(tmp_path) not in done.out
     errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-    assert [line.split(": ")[1] for line in errors] == [str(tmp_path / "none.wav"), str(tmp_path), str(tmp_path / "text.wav")]
+    assert {line.split(": ")[1] for line in errors} == {str(file) for file in files} - set(sounds)
+    assert len(errors) == 3
     assert "Traceback" not in done.err
 
 
@@ -78,6 +86,60 @@ def test_truncated_weights_are_named(model, sounds, tmp_path, capsys):
     assert f"{weights}: not a whole safetensors file" in capsys.readouterr().err
 
 
+def test_folders_patterns_and_stdin(model, sounds, tmp_path, capsys, monkeypatch):
+    for name in ("a.flac", "deep/er/b.FLAC", "deep/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sounds[0], tmp_path / name)
+    files = [str(tmp_path / "a.flac"), str(tmp_path / "deep/er/b.FLAC")]
+    for argument in (tmp_path, f"{tmp_path}/**/*[a-zA-Z].[fF]*"):
+        assert status_of(argument, "--model", model, "--format", "json", "--top-k", 1) == 0
+        answers = json.loads(capsys.readouterr().out)
+        assert list(answers) == files
+        assert answers[files[0]] == answers[files[1]]
+    assert status_of(f"{tmp_path}/*.none", "--model", model) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/*.none: no sound files")
+    for content, status in ((Path(sounds[0]).read_bytes(), 0), (b"no sound", 1)):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        assert status_of("-", "--model", model, "--format", "jsonl", "--top-k", 1) == status
+        done = capsys.readouterr()
+        if status == 0:
+            assert json.loads(done.out) == {"file": "-", "rows": answers[files[0]]}
+        else:
+            assert done.err.startswith("error: -: cannot be decoded as sound")
+
+
+def test_jsonl_csv_and_threshold(model, sounds, capsys):
+    assert status_of(*sounds, "--model", model, "--format", "jsonl") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == sounds
+    assert status_of(*sounds, "--model", model, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    expected = [{"file": line["file"], **row} for line in lines for row in line["rows"]]
+    assert rows == [{key: str(value) for key, value in row.items()} for row in expected]
+    threshold = lines[0]["rows"][1]["score"]
+    assert status_of(sounds[0], "--model", model, "--format", "jsonl", "--threshold", threshold) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+
+
+def test_timeline_events_and_plot(model, sounds, tmp_path, capsys):
+    timeline = AudioTagger.from_folder(model).tag_timeline(sounds[0])
+    assert status_of(sounds[0], "--model", model, "--format", "jsonl", "--timeline", "--top-k", 2) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    best = top_classes(timeline, 2)
+    assert [(row["time"], row["label"]) for row in rows] == [(t, timeline.labels[c]) for t in timeline.times for c in best]
+    np.testing.assert_allclose([row["score"] for row in rows], timeline.scores[:, best].ravel(), atol=1e-6)
+    threshold = float(np.median(timeline.scores.max(0)))
+    picture = tmp_path / "picture.png"
+    options = ["--format", "jsonl", "--events", "--threshold", threshold, "--plot", picture]
+    assert status_of(sounds[0], "--model", model, *options) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert rows == [event._asdict() for event in events(timeline, threshold)]
+    assert rows
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert status_of(*sounds, "--model", model, "--plot", picture) == 2
+    assert "--plot draws one recording, not 2" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -87,6 +149,9 @@ def test_truncated_weights_are_named(model, sounds, tmp_path, capsys):
         (["a.wav", "--model", "/"], "/: not the folder of a tagger"),
         (["a.wav", "--model", "x", "--top-k", "0"], "--top-k must be 1 or more"),
         (["a.wav", "--model", "x", "--top-k", "many"], "invalid int value: 'many'"),
+        (["a.wav", "--model", "x", "--threshold", "2"], "--threshold must be above 0 and at most 1"),
+        (["a.wav", "--model", "x", "--timeline", "--events"], "not allowed with"),
+        (["a.wav", "--model", "x", "--plot", "a.pdf"], "a.pdf: pictures are PNG files"),
         (["a.wav", "--model", "x", "--format", "xml"], "invalid choice: 'xml'"),
         (["a.wav", "--model", "x", "--device", "qpu"], "--device qpu cannot be used"),
         (["a.wav", "--model", "x", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
@@ -116,7 +181,7 @@ assert not {"torch", "speechbrain", "numpy"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for option in ("FILE", "--model", "--top-k", "--format", "--device"):
+    for option in ("FILE", "--model", "--top-k", "--threshold", "--format", "--timeline", "--events", "--plot", "--device"):
         assert option in done.stdout
 
 

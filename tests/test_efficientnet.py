@@ -8,7 +8,7 @@ from efficientnet_pytorch import EfficientNet
 from torch import nn
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.efficientnet import VARIANTS, EfficientNetEncoder
+from psla_sb.lobes.efficientnet import VARIANTS, EfficientNetEncoder, fold_norms
 from psla_sb.lobes.pooling import AttentionPooling
 
 
@@ -290,3 +290,21 @@ def test_width_and_depth_scale_the_network_as_the_package_does():
     assert ours.out_channels == 640
     with pytest.raises(ValueError, match="width must be above 0"):
         EfficientNetEncoder("b0", width=0)
+
+
+@pytest.mark.parametrize("padding", ["tensorflow", "symmetric"])
+def test_folded_norms_give_the_same_numbers(padding):
+    torch.manual_seed(0)
+    encoder, feats = EfficientNetEncoder("b0", padding=padding), torch.randn(2, 200, 64)
+    assert encoder.frames_per_step == 32
+    for norm in (module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = None
+    encoder(feats)
+    encoder.eval()
+    folded = fold_norms(encoder)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
+    with torch.inference_mode():
+        expected = encoder(feats)
+        assert expected.abs().max() > 0.1
+        torch.testing.assert_close(folded(feats), expected, atol=1e-4, rtol=1e-3)

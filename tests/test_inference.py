@@ -4,8 +4,12 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
+import torch
 
+from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.embedding import step_vectors
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
 
@@ -56,3 +60,130 @@ def test_what_is_no_tagger(tmp_path):
             AudioTagger.from_any(source)
     with pytest.raises(InputError, match="not the output folder"):
         AudioTagger.from_experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tagger(tiny_run):
+    return AudioTagger.from_folder(tiny_run[0] / "tagger")
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_run, mini_data):
+    manifest = Manifest.from_csv(tiny_run[0] / "eval.csv", data_root=mini_data)
+    return [manifest[i]["wav"] for i in range(7)]
+
+
+def scores_of(tagger, tags):
+    """Scores in the order of the classes."""
+    by_mid = {tag.mid: tag.score for tag in tags}
+    return [by_mid[mid] for mid in tagger.hparams.mids]
+
+
+def test_every_way_to_a_score_gives_the_same(tagger, clips, tmp_path):
+    expected = np.array([scores_of(tagger, tagger.tag_file(clip, top_k=39)) for clip in clips])
+    waves = [read_clip(clip) for clip in clips]
+    waves[0] = waves[0][:5000]
+    soundfile.write(tmp_path / "short.wav", waves[0].numpy(), 16000, subtype="FLOAT")
+    clips = [tmp_path / "short.wav", *clips[1:]]
+    expected[0] = scores_of(tagger, tagger.tag_file(clips[0], top_k=39))
+    lengths = torch.tensor([len(wave) for wave in waves])
+    padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=0.5)
+    ways = {
+        "batch": tagger.tag_batch(padded, lengths / lengths.max()),
+        "classify_batch": tagger.classify_batch(padded, lengths / lengths.max())[0],
+        "classify_file": torch.cat([tagger.classify_file(clip)[0] for clip in clips]),
+        "encode": tagger.mods.classifier(tagger.encode_batch(padded, lengths / lengths.max())),
+        "encode_file": tagger.mods.classifier(torch.cat([tagger.encode_file(clip) for clip in clips])),
+        "forward": tagger(padded, lengths / lengths.max()),
+        "single": torch.cat([tagger.tag_batch(wave) for wave in waves]),
+        "files": [scores_of(tagger, found.tags) for found in tagger.tag_files(clips, batch_size=3, top_k=39)],
+        "workers": [scores_of(tagger, found.tags) for found in tagger.tag_files(clips, batch_size=2, num_workers=1, top_k=39)],
+    }
+    for way, scores in ways.items():
+        np.testing.assert_allclose(np.asarray(scores), expected, atol=1e-5, err_msg=way)
+
+
+def test_speechbrains_names_return_what_speechbrain_returns(tagger, clips):
+    scores, best, index, labels = tagger.classify_file(clips[0])
+    assert scores.shape == (1, 39)
+    assert best.shape == index.shape == (1,)
+    tags = tagger.tag_file(clips[0], top_k=1)
+    assert labels == [tags[0].label]
+    assert best.item() == pytest.approx(tags[0].score)
+    assert tagger.hparams.mids[index.item()] == tags[0].mid
+    assert tagger.encode_batch(torch.zeros(2, 8000)).shape[:2] == (2, tagger.mods.embedding_model.out_channels)
+    with pytest.raises(ValueError, match="normalize"):
+        tagger.encode_batch(torch.zeros(2, 8000), normalize=True)
+
+
+def test_top_k_and_threshold(tagger, clips):
+    every = tagger.tag_file(clips[0], top_k=1000)
+    assert len(every) == 39
+    assert [tag.score for tag in every] == sorted((tag.score for tag in every), reverse=True)
+    assert tagger.tag_file(clips[0], top_k=3) == every[:3]
+    threshold = every[1].score
+    assert tagger.tag_file(clips[0], threshold=threshold) == [tag for tag in every if tag.score >= threshold][:5]
+    assert tagger.tag_file(clips[0], threshold=1.0) == [tag for tag in every if tag.score == 1.0]
+    with pytest.raises(ValueError, match="top_k"):
+        tagger.tag_file(clips[0], top_k=0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_files_among_many(tagger, clips, tmp_path, num_workers):
+    (tmp_path / "text.wav").write_text("no sound")
+    loud = np.random.default_rng(0).uniform(-1e25, 1e25, 8000)
+    soundfile.write(tmp_path / "loud.wav", loud, 16000, subtype="FLOAT")
+    paths = [clips[0], "nowhere.wav", tmp_path / "text.wav", clips[1], tmp_path / "loud.wav", clips[2], tmp_path]
+    found = list(tagger.tag_files(paths, batch_size=4, num_workers=num_workers))
+    assert [one.path for one in found] == [str(path) for path in paths]
+    for i in (0, 3, 5):
+        assert found[i].error is None
+        alone = tagger.tag_file(paths[i])
+        assert [tag.label for tag in found[i].tags] == [tag.label for tag in alone]
+        np.testing.assert_allclose([tag.score for tag in found[i].tags], [tag.score for tag in alone], atol=1e-5)
+    for i in (1, 2, 4, 6):
+        assert found[i].tags is None
+        assert found[i].error.startswith(f"{paths[i]}: ")
+    assert list(tagger.tag_files([])) == []
+    with pytest.raises(ValueError, match="1 or more"):
+        next(tagger.tag_files(clips, batch_size=0))
+
+
+def test_results_come_while_later_files_are_not_read_yet(tagger, clips):
+    results = tagger.tag_files([*clips, "nowhere.wav"], batch_size=2)
+    assert next(results).path == clips[0]
+    assert len(list(results)) == 7
+
+
+def test_folded_norms_give_the_same_and_follow_the_weights(tiny_run, clips):
+    tagger = AudioTagger.from_folder(tiny_run[0] / "tagger")
+    feats = tagger.features(torch.stack([read_clip(clip)[:8000] for clip in clips[:3]]))
+
+    def plain():
+        with torch.inference_mode():
+            return tagger.mods.classifier(tagger.mods.embedding_model(feats))
+
+    first = tagger.tag_features(feats)
+    torch.testing.assert_close(first, plain(), atol=1e-5, rtol=0)
+    state = {key: value.clone() for key, value in tagger.state_dict().items()}
+    assert any("running_mean" in key for key in state)
+    for key in state:
+        if key.endswith("_bn0.bias"):
+            state[key] += 0.5
+    tagger.load_state_dict(state)
+    second = tagger.tag_features(feats)
+    torch.testing.assert_close(second, plain(), atol=1e-5, rtol=0)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_embeddings_along_the_time(tagger, clips):
+    wave = torch.cat([read_clip(clip) for clip in clips])
+    vectors, times = tagger.timestamp_embeddings(wave)
+    assert vectors.shape == (1, len(times), tagger.mods.embedding_model.out_channels)
+    np.testing.assert_allclose(times, 160 + 320 * np.arange(len(times)), rtol=1e-6)
+    # the model's 0.5 s have one step, so that every vector is that of a window
+    window, hop, hop_steps = tagger.window_and_hop(10.0, 1.0)
+    assert hop_steps == 1
+    alone = step_vectors(tagger.encode_batch(wave[hop : hop + window]))
+    assert alone.shape[1] == 1
+    torch.testing.assert_close(vectors[:, 1], alone[:, 0], atol=1e-5, rtol=1e-4)

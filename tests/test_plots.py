@@ -27,9 +27,11 @@ from psla_sb.plots import (
     example_clips,
     label_changes,
     page,
+    recording,
     training_curves,
     write_pictures,
 )
+from psla_sb.timeline import Timeline
 
 LONGEST = "Livestock, farm animals, working animals"  # of AudioSet's names
 DPI = STYLE["figure.dpi"]
@@ -231,6 +233,36 @@ def test_ensemble_curve_is_what_it_is_given(tmp_path, n, average):
     assert max(values) < high
     assert figure.axes[0].get_legend().get_texts()[0].get_text().startswith(f"ensemble: {ensembles[-1]:.3f} with {n} member")
     assert_fit_to_print(figure, tmp_path / "ensemble.png")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("n_steps", "n_classes"), [(1, 1), (30, 3), (11250, 39)])
+def test_a_recordings_panels_share_their_time(tmp_path, n_steps, n_classes):
+    rng = np.random.default_rng(0)
+    names = [LONGEST, "$x$_1", *(f"class {i}" for i in range(39))][:n_classes]
+    timeline = Timeline(0.16 + 0.32 * np.arange(n_steps), rng.uniform(0, 0.5, (n_steps, n_classes)), names, names)
+    timeline.scores[n_steps // 2, 0] = 1.0
+    n_columns = min(1500, n_steps * 32)
+    extremes, energies = rng.uniform(0, 1, (n_columns, 2)) - [1, 0], rng.normal(-8, 3, (n_columns, 64))
+    seconds = n_steps * 0.32
+    figure = recording(extremes, energies, seconds / n_columns, timeline, tmp_path / "recording.png", "_long$_.wav")
+    wave, _, image, _, heat, _ = figure.axes
+    scale = 1 if seconds < 300 else 60
+    for axes in (wave, image, heat):
+        np.testing.assert_allclose(axes.get_xlim(), (0, seconds / scale))
+    positions = [axes.get_position() for axes in (wave, image, heat)]
+    np.testing.assert_allclose([p.x0 for p in positions], positions[0].x0)
+    np.testing.assert_allclose([p.x1 for p in positions], positions[0].x1)
+    np.testing.assert_array_equal(image.images[0].get_array(), energies.T)
+    shown = heat.images[0].get_array()
+    assert len(shown) == min(10, n_classes)
+    # the highest score is in the first row, where it was in time, however narrow
+    left, right, _, _ = heat.images[0].get_extent()
+    where = (shown[0].argmax() + 0.5) / shown.shape[1] * (right - left) * scale
+    assert shown[0].max() == 1.0
+    assert where == pytest.approx((n_steps // 2 + 0.5) * 0.32, abs=0.32 * 5)
+    assert heat.get_yticklabels()[0].get_text()[:20] == names[0][:20]
+    assert_fit_to_print(figure, tmp_path / "recording.png")
 
 
 @pytest.mark.parametrize("n", [0, 13])

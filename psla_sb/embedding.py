@@ -1,0 +1,305 @@
+"""Waveforms -> what a trained encoder makes of them: feature maps, one vector a clip, vectors along the time."""
+
+import torch
+from speechbrain.inference.interfaces import Pretrained
+from torch.nn import functional as F
+
+from psla_sb.dataio.audio import read_clip
+from psla_sb.errors import InputError
+from psla_sb.lobes.efficientnet import fold_norms
+from psla_sb.lobes.features import frame_length_and_shift, n_frames_of, n_samples_for, true_lengths
+from psla_sb.timeline import overlapped, windows
+
+
+class SoundEncoder(Pretrained):
+    """The front end and the encoder of a trained model.
+
+    For speed it computes with a copy of the encoder whose batch normalisations are folded into the convolutions; the copy is made
+    anew when the weights have changed. `mods.embedding_model` keeps the weights as they were trained.
+
+    Example
+    -------
+    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> modules = {
+    ...     "compute_features": KaldiFbank(n_mels=64),
+    ...     "mean_var_norm": GlobalNorm(),
+    ...     "embedding_model": EfficientNetEncoder("b0"),
+    ... }
+    >>> encoder = SoundEncoder(modules, {"sample_rate": 16000})
+    >>> encoder.encode_batch(torch.zeros(1, 16000)).shape
+    torch.Size([1, 1280, 2, 3])
+    >>> encoder.scene_embeddings(torch.zeros(1, 16000)).shape
+    torch.Size([1, 1280])
+    """
+
+    MODULES_NEEDED = ("compute_features", "mean_var_norm", "embedding_model")
+    HPARAMS_NEEDED = ("sample_rate",)
+    _folded = (None, None)
+
+    def _apply(self, *args, **kwargs):
+        moved = super()._apply(*args, **kwargs)
+        self.device = str(next(self.mods.parameters()).device)
+        return moved
+
+    @property
+    def n_samples(self):
+        """What the model takes of a clip, in samples: as much as it was trained on; None if all."""
+        n_frames = getattr(self.mods.compute_features, "n_frames", None)
+        return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
+
+    def features(self, wavs, wav_lens=None):
+        """Normalised features of a batch of waveforms.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
+        wav_lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, frames, mels]`. Where samples are not finite, or so large that their energy is not, features are not finite.
+
+        Raises
+        ------
+        ValueError
+            Tensors of another kind.
+        """
+        wavs = torch.as_tensor(wavs)
+        if wavs.dim() == 1:
+            wavs = wavs[None]
+        if wavs.dim() != 2 or not wavs.shape[1] or not wavs.is_floating_point():
+            raise ValueError(
+                "waveforms must be floating-point numbers in [-1, 1], [batch, samples] with a sample or more, not "
+                f"{wavs.dtype} {list(wavs.shape)}"
+            )
+        if wav_lens is not None:
+            wav_lens = torch.as_tensor(wav_lens, dtype=torch.float32).to(self.device)
+            if wav_lens.shape != wavs.shape[:1] or not ((wav_lens > 0) & (wav_lens <= 1)).all():
+                raise ValueError(f"wav_lens must be {len(wavs)} relative lengths in (0, 1], not {wav_lens.tolist()}")
+        wavs = wavs.to(self.device).float()
+        with torch.inference_mode():
+            return self.mods.mean_var_norm(self.mods.compute_features(wavs, wav_lens))
+
+    def encode_features(self, feats):
+        """The encoder's feature maps of normalised features.
+
+        Arguments
+        ---------
+        feats : torch.Tensor
+            `[batch, frames, mels]`, on the encoder's device.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, channels, freq, steps]`; of an ensemble, a tuple of them.
+        """
+        encoder = self._fast_encoder()
+        with torch.inference_mode(), self.inference_ctx:
+            return encoder(feats)
+
+    def _fast_encoder(self):
+        encoder = self.mods.embedding_model
+        if encoder.training:
+            return encoder
+        tensors = [*encoder.parameters(), *encoder.buffers()]
+        state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        if self._folded[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                # in a tuple, so that it is no part of the module
+                self._folded = state, fold_norms(encoder)
+        return self._folded[1]
+
+    def encode_batch(self, wavs, wav_lens=None, normalize=False):
+        """The encoder's answer, as SpeechBrain's `EncoderClassifier.encode_batch` gives it, but padding is told from silence.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
+        wav_lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
+        normalize : bool
+            Must be False: these models have no statistics of embeddings.
+
+        Returns
+        -------
+        torch.Tensor
+            Feature map `[batch, channels, freq, steps]`.
+
+        Raises
+        ------
+        ValueError
+            Tensors of another kind, or samples that are not finite or too large.
+        """
+        if normalize:
+            raise ValueError("normalize=True needs statistics of embeddings, which these models do not have")
+        return self.encode_features(finite(self.features(wavs, wav_lens)))
+
+    def encode_file(self, path):
+        """As `encode_batch`, for a file.
+
+        Arguments
+        ---------
+        path : str or Path
+            Any file that `psla_sb.dataio.audio.read_audio` reads.
+
+        Returns
+        -------
+        torch.Tensor
+            Feature map `[1, channels, freq, steps]`.
+
+        Raises
+        ------
+        InputError
+            The file cannot be read, or its samples are too large.
+        """
+        return self.encode_features(finite(self.features(read_clip(path, self.hparams.sample_rate)), path))
+
+    def _frames_per_step(self):
+        for module in self.mods.embedding_model.modules():
+            if hasattr(module, "frames_per_step"):
+                return module.frames_per_step
+        raise InputError("this model's embedding_model does not say its frames_per_step, so its steps have no times")
+
+    def n_steps_of(self, n_samples):
+        """Steps of the feature map whose middle is within the first samples of a clip; at least one.
+
+        Arguments
+        ---------
+        n_samples : int or torch.Tensor
+            The clip's true length.
+
+        Returns
+        -------
+        int or torch.Tensor
+        """
+        stride = self._frames_per_step()
+        n_steps = (n_frames_of(n_samples, self.hparams.sample_rate) + stride // 2) // stride
+        return n_steps.clamp(min=1) if isinstance(n_steps, torch.Tensor) else max(1, n_steps)
+
+    def step_times(self, n_steps):
+        """Middles of the steps of the feature map in seconds, float64 `[steps]`."""
+        rate = self.hparams.sample_rate
+        return (torch.arange(n_steps, dtype=torch.float64) + 0.5) * self._frames_per_step() * frame_length_and_shift(rate)[1] / rate
+
+    def window_and_hop(self, window, hop):
+        """Seconds -> (samples of a window, samples of the hop, steps of the hop): no longer than the model takes, whole steps.
+
+        Raises
+        ------
+        ValueError
+            A length is not positive and finite.
+        """
+        rate = self.hparams.sample_rate
+        if not (0 < window < float("inf") and 0 < hop < float("inf")):
+            raise ValueError(f"window and hop must be positive numbers of seconds, not {window} and {hop}")
+        stride = self._frames_per_step() * frame_length_and_shift(rate)[1]
+        n_samples = min(max(round(window * rate), stride), self.n_samples or float("inf"))
+        hop_steps = max(1, min(round(hop * rate / stride), n_samples // stride))
+        return n_samples, hop_steps * stride, hop_steps
+
+    def scene_embeddings(self, wavs, wav_lens=None):
+        """One vector a clip: the mean of the feature map over frequency and over the steps of the clip's true length.
+
+        Of clips that are longer than those that the model was trained on, the beginning counts.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, at the model's sample rate.
+        wav_lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, channels]`, float32.
+
+        Raises
+        ------
+        ValueError
+            See `encode_batch`.
+        """
+        vectors = step_vectors(self.encode_batch(wavs, wav_lens))
+        lengths = true_lengths(torch.atleast_2d(torch.as_tensor(wavs)).to(vectors.device), wav_lens)
+        n_steps = self.n_steps_of(lengths).clamp(max=vectors.shape[1])[:, None]
+        inside = torch.arange(vectors.shape[1], device=vectors.device) < n_steps
+        return (vectors * inside[..., None]).sum(1) / n_steps
+
+    def timestamp_embeddings(self, wavs, hop=1.0):
+        """Vectors along the time of clips of any length, from windows that overlap.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`, at the model's sample rate, without padding.
+        hop : float
+            Seconds from a window to the next.
+
+        Returns
+        -------
+        (torch.Tensor, torch.Tensor)
+            Vectors float32 `[batch, steps, channels]`, and the middles of the steps in milliseconds, `[steps]`.
+
+        Raises
+        ------
+        ValueError
+            See `encode_batch`.
+        """
+        wavs = torch.atleast_2d(torch.as_tensor(wavs))
+        n_samples, hop_samples, hop_steps = self.window_and_hop(wavs.shape[1] / self.hparams.sample_rate or 1.0, hop)
+        parts = (
+            step_vectors(self.encode_batch(window))[:, : self.n_steps_of(window.shape[1])].transpose(0, 1)
+            for window in windows([wavs], n_samples, hop_samples)
+        )
+        vectors = torch.cat(list(overlapped(parts, hop_steps))).transpose(0, 1)
+        # the only step of a clip shorter than half a step has its middle beyond the clip
+        times = self.step_times(vectors.shape[1]).clamp(max=wavs.shape[1] / self.hparams.sample_rate)
+        return vectors, (1000 * times).float().to(vectors.device)
+
+
+def step_vectors(feature_map):
+    """A feature map's mean over frequency.
+
+    Arguments
+    ---------
+    feature_map : torch.Tensor or tuple of them
+        `[batch, channels, freq, steps]`; of several, the channels are joined.
+
+    Returns
+    -------
+    torch.Tensor
+        `[batch, steps, channels]`, float32.
+
+    Example
+    -------
+    >>> step_vectors(torch.zeros(2, 1280, 4, 33)).shape
+    torch.Size([2, 33, 1280])
+    """
+    means = [one.float().mean(2) for one in (feature_map if isinstance(feature_map, tuple) else (feature_map,))]
+    steps = max(mean.shape[2] for mean in means)
+    return torch.cat([F.interpolate(mean, size=steps) for mean in means], dim=1).transpose(1, 2)
+
+
+def finite(feats, source="waveforms"):
+    """The features themselves, if they are numbers.
+
+    Raises
+    ------
+    InputError
+        They are not: some samples are not finite, or so large that their energy is not.
+
+    Example
+    -------
+    >>> finite(torch.tensor([[[float("nan")]]]), "loud.wav")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: loud.wav: samples that are not finite, or far outside of [-1, 1]
+    """
+    if not torch.isfinite(feats).all():
+        raise InputError(f"{source}: samples that are not finite, or far outside of [-1, 1]")
+    return feats
