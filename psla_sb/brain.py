@@ -118,7 +118,8 @@ class TaggingBrain(sb.Brain):
         with torch.autocast(self.device_type, enabled=False):
             p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
             # PyTorch's own function stops the program where a probability is not a number; this one gives such a loss
-            return -(targets * p.log() + (1 - targets) * (1 - p).log()).mean()
+            loss, *distillation = (-(t * p.log() + (1 - t) * (1 - p).log()).mean() for t in targets.split(p.shape[1], dim=1))
+            return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
 
     def on_fit_batch_start(self, batch, should_step):
         """Reports a broken sound file, reseeds, and sets the learning rate of this step."""
@@ -171,8 +172,6 @@ class TaggingBrain(sb.Brain):
     def evaluate_batch(self, batch, stage):
         """As SpeechBrain's, after reporting a broken sound file."""
         check_audio(batch)
-        if self.stop_requested and stage == sb.Stage.TEST and not self.distributed_launch:
-            raise Interrupted
         return super().evaluate_batch(batch, stage)
 
     def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
@@ -356,13 +355,24 @@ def prediction_path(folder, name):
 def read_results(folder):
     """What `results.json` of a run says so far; nothing if there is none.
 
+    Raises
+    ------
+    InputError
+        The file is not as a run writes it.
+
     Example
     -------
     >>> read_results(getfixture("tmp_path"))
     {}
     """
     path = Path(folder) / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file ({error}); put back the one that the run wrote") from None
+    if not isinstance(results, dict) or not isinstance(results.get("epochs", []), list):
+        raise InputError(f"{path}: not the figures of a run; put back the file that the run wrote")
+    return results
 
 
 def write_results(folder, results):

@@ -9,9 +9,19 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from speechbrain.utils.checkpoints import Checkpoint, Checkpointer
+from speechbrain.utils.checkpoints import (
+    CKPT_PREFIX,
+    DEFAULT_LOAD_HOOKS,
+    METAFNAME,
+    Checkpoint,
+    Checkpointer,
+    get_default_hook,
+    torch_recovery,
+)
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 
 from psla_sb.errors import InputError
@@ -23,7 +33,10 @@ class AtomicCheckpointer(Checkpointer):
     """SpeechBrain's Checkpointer, with checkpoints that are whole or absent.
 
     SpeechBrain marks a checkpoint as one before it has written the rest of it, so a run killed in between cannot start again. Here
-    it is written under another name, flushed to disk and renamed; what a killed run left unfinished is removed at the next start.
+    it is written under another name, flushed to disk and renamed; what a killed run left unfinished is removed at the next start,
+    and so is what it left of a checkpoint that it was deleting.
+
+    Loading a checkpoint runs no code that its files contain.
 
     Example
     -------
@@ -37,25 +50,35 @@ class AtomicCheckpointer(Checkpointer):
     def __init__(self, checkpoints_dir, *args, **kwargs):
         super().__init__(checkpoints_dir, *args, **kwargs)
         if if_main_process():
-            for leftover in Path(checkpoints_dir).glob(f"{UNFINISHED}*"):
-                shutil.rmtree(leftover)
+            for folder in Path(checkpoints_dir).iterdir():
+                unmarked = folder.name.startswith(CKPT_PREFIX) and not (folder / METAFNAME).exists()
+                if folder.is_dir() and (folder.name.startswith(UNFINISHED) or unmarked):
+                    shutil.rmtree(folder)
 
     def _new_checkpoint_dirpath(self):
         path = super()._new_checkpoint_dirpath()
         return path.with_name(UNFINISHED + path.name)
 
     def save_checkpoint(self, meta={}, end_of_epoch=True, name=None, **kwargs):  # noqa: B006
-        """As SpeechBrain's; `name` cannot be given, since a checkpoint of that name would be overwritten in place."""
+        """As SpeechBrain's; `name` cannot be given, since a checkpoint of that name would be overwritten in place.
+
+        Raises
+        ------
+        InputError
+            The disk is full, or cannot be written to. Earlier checkpoints are as they were.
+        """
         if name is not None:
             raise ValueError("Checkpoints are named by time: a checkpoint with a name would be overwritten in place.")
-        checkpoint = super().save_checkpoint(meta, end_of_epoch, **kwargs)
+        with write_errors(self.checkpoints_dir):
+            checkpoint = super().save_checkpoint(meta, end_of_epoch, **kwargs)
         ddp_barrier()
         if if_main_process():
-            for file in checkpoint.path.iterdir():
-                flush(file)
             final = checkpoint.path.with_name(checkpoint.path.name.removeprefix(UNFINISHED))
-            os.replace(checkpoint.path, final)
-            flush(final.parent)
+            with write_errors(self.checkpoints_dir):
+                for file in checkpoint.path.iterdir():
+                    flush(file)
+                os.replace(checkpoint.path, final)
+                flush(final.parent)
             files = {name: final / file.name for name, file in checkpoint.paramfiles.items()}
             checkpoint = Checkpoint(final, checkpoint.meta, files)
         ddp_barrier()
@@ -64,6 +87,91 @@ class AtomicCheckpointer(Checkpointer):
     def save_and_keep_only(self, *args, importance_keys=(), **kwargs):
         """As SpeechBrain's, whose default for `importance_keys` is one list that grows at every call."""
         super().save_and_keep_only(*args, importance_keys=list(importance_keys), **kwargs)
+
+    def list_checkpoints(self):
+        """As SpeechBrain's.
+
+        Raises
+        ------
+        InputError
+            A checkpoint's `CKPT.yaml` cannot be read.
+        """
+        try:
+            checkpoints = super().list_checkpoints()
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.checkpoints_dir}: a {METAFNAME} in it is not YAML; remove its folder ({error})") from None
+        for checkpoint in checkpoints:
+            if not isinstance(checkpoint.meta, dict) or not {"unixtime", "end-of-epoch"} <= checkpoint.meta.keys():
+                raise InputError(f"{checkpoint.path / METAFNAME}: not written by a training run; remove this folder")
+        return checkpoints
+
+    def load_checkpoint(self, checkpoint):
+        """As SpeechBrain's, which leaves to PyTorch's defaults and environment variables whether code in a file is run.
+
+        Raises
+        ------
+        InputError
+            A file is broken, contains more than tensors and numbers, or is not of this model.
+        """
+        for name, recoverable in self.recoverables.items():
+            if get_default_hook(recoverable, DEFAULT_LOAD_HOOKS) is torch_recovery:
+                self.custom_load_hooks.setdefault(name, load_tensors)
+        try:
+            super().load_checkpoint(checkpoint)
+        except Exception as error:  # a broken file raises whatever the unpickler stumbles over
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{checkpoint.path}: cannot be loaded ({type(error).__name__}: {reason}). If the settings are those that it was "
+                "trained with, remove this folder: the run goes on from the checkpoint before it, or begins again."
+            ) from error
+
+
+def load_tensors(recoverable, path, end_of_epoch):
+    """SpeechBrain's load hook for what has a state dict, which never runs code that the file contains.
+
+    Raises
+    ------
+    pickle.UnpicklingError
+        The file contains more than tensors, numbers and their containers.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "model.ckpt"
+    >>> torch.save(torch.nn.Linear(2, 1).state_dict(), path)
+    >>> load_tensors(torch.nn.Linear(2, 1), path, end_of_epoch=True)
+    """
+    recoverable.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+@contextlib.contextmanager
+def write_errors(path):
+    """What the several libraries raise when they cannot write, as one clear error.
+
+    Raises
+    ------
+    InputError
+        In place of what is raised within.
+
+    Example
+    -------
+    >>> with write_errors("results/figures.json"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: results/figures.json: cannot be written (No space left on device...). ...
+    """
+    try:
+        yield
+    # PyTorch raises RuntimeErrors; numpy OSErrors without a number
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        free = shutil.disk_usage(folder).free // 2**20
+        # what PyTorch says of a full disk is of no use
+        reason = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if free else "the disk is full")
+        raise InputError(
+            f"{path}: cannot be written ({reason}; {free} MiB are free there). All that was saved before is as it was: make room, "
+            "and the same command goes on from it."
+        ) from error
 
 
 def flush(path):
@@ -89,6 +197,11 @@ def atomic_write(path):
     path : str or Path
         The file to write. Its folder is made if there is none.
 
+    Raises
+    ------
+    InputError
+        The disk is full, or cannot be written to. An earlier file of this name is as it was.
+
     Example
     -------
     >>> path = getfixture("tmp_path") / "results" / "figures.json"
@@ -98,15 +211,16 @@ def atomic_write(path):
     '{}'
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     # the name keeps its ending: numpy and others choose the format by it
     temporary = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def snapshot_path(folder, epoch):

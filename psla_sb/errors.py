@@ -1,5 +1,7 @@
 """The one exception that means: the input is wrong, not the program."""
 
+KEPT = 1000  # characters of a message, at either end
+
 
 class InputError(ValueError):
     """Bad input from outside: a file, a key, an option.
@@ -14,3 +16,7 @@ class InputError(ValueError):
     ...
     psla_sb.errors.InputError: labels.csv, row 3: no such class '/m/xyz'
     """
+
+    def __init__(self, message=""):
+        # a message quotes its input, of which a cell may have megabytes
+        super().__init__(message if len(message) <= 2 * KEPT else f"{message[:KEPT]} [...] {message[-KEPT:]}")

@@ -5,6 +5,7 @@ The YAML declares the whole pipeline; the recipes in this repository are the exa
 
 import dataclasses
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -19,26 +20,26 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb.aggregation import average_weights
-from psla_sb.brain import FIGURES, Interrupted, TaggingBrain, prediction_path, read_results, trained_modules, write_results
-from psla_sb.checkpoints import atomic_write, load_into, load_weights, save_weights, snapshot_path
+from psla_sb.aggregation import open_scores
+from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import TaggingDataset, end_workers, ignore_signals
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
+from psla_sb.evaluation import evaluate, example, results_table
 from psla_sb.export import export_tagger
-from psla_sb.inference import AudioTagger
 from psla_sb.interop import load_pretrained_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import n_samples_for
-from psla_sb.metrics import summarize
 
 logger = get_logger(__name__)
 
 EXIT_BAD_INPUT = 2
 # sysexits.h: a temporary failure, try again. torchrun does not pass it on.
 EXIT_INTERRUPTED = 75
+# a file size limit is how some clusters enforce a quota
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
 # used only at the end of a training of days.
@@ -122,7 +123,8 @@ def main(recipe, arguments=None, job=None):
     Raises
     ------
     SystemExit
-        With status 2, if the input is wrong; 75, if the run was interrupted by SIGTERM or Ctrl-C and has saved its state.
+        With status 2, if the input is wrong or the disk is full; 75, if the run was interrupted by SIGTERM or Ctrl-C and has saved
+        its state.
 
     Example
     -------
@@ -147,6 +149,16 @@ def main(recipe, arguments=None, job=None):
         if if_main_process():
             print("Interrupted, and saved. The same command goes on from here.", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        file = error.filename2 or error.filename or "a file of the output folder"
+        print(
+            f"error: {file}: cannot be written ({error.strerror}). All that was saved before is as it was: make room, and the same "
+            "command goes on from it.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_BAD_INPUT)
     except InputError as error:
         # a broken sound file is known only to the process that read it
         if if_main_process() or isinstance(error, AudioError):
@@ -212,16 +224,34 @@ def run(hparams_file, run_opts, overrides):
         train_loader_kwargs={**loader, "batch_sampler": train_batches(hparams, train_labels)},
         valid_loader_kwargs=valid_loader,
     )
-    test_set = tagging_dataset("test", hparams, vocabulary)[0] if hparams["test_annotation"] else None
-    results = evaluate(brain, valid_set, test_set, valid_loader)
+    # what is scored is on disk at once: there is nothing more to save
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, stop)
+    name, dataset = "valid", valid_set
+    if hparams["test_annotation"]:
+        name, dataset = "test", tagging_dataset("test", hparams, vocabulary)[0]
+    results = evaluate(brain, dataset, name, vocabulary, valid_loader)
     if if_main_process():
         export_tagger(Path(folder) / "tagger", Path(folder) / "hyperparams.yaml", brain.hparams.modules, vocabulary)
-        logger.info("\n%s\n\n%s", results_table(results, hparams["published"]), example(folder, test_set or valid_set, vocabulary))
+        logger.info("\n%s\n\n%s", results_table(results, hparams["published"]), example(folder, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots import write_pictures
 
-        write_pictures(brain, test_set or valid_set, "test" if test_set else "valid", vocabulary, train_labels)
+        write_pictures(brain, dataset, name, vocabulary, train_labels)
     return results
+
+
+def stop(signum, frame):
+    """A signal handler for where nothing has to be saved first.
+
+    Example
+    -------
+    >>> stop(signal.SIGTERM, None)
+    Traceback (most recent call last):
+    ...
+    psla_sb.brain.Interrupted
+    """
+    raise Interrupted
 
 
 def start_processes(run_opts):
@@ -231,6 +261,11 @@ def start_processes(run_opts):
     -------
     RunOptions
         With defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
+
+    Example
+    -------
+    >>> start_processes(RunOptions.from_dictionary({"noprogressbar": True})).noprogressbar
+    True
     """
     defaults = {}
     if not torch.cuda.is_available():
@@ -255,6 +290,14 @@ def prepare(hparams):
     ------
     InputError
         A step fails, or there are not `n_classes` classes.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> hparams = {"skip_prep": True, "prepare": [], "class_list": folder / "classes.csv", "n_classes": 2}
+    >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(hparams["class_list"])
+    >>> prepare(hparams)
+    Vocabulary(2 classes, 'Bell' to 'Rain')
     """
     if not hparams["skip_prep"]:
         for step in hparams["prepare"]:
@@ -268,8 +311,17 @@ def prepare(hparams):
     return vocabulary
 
 
-def load_hparams(file, overrides):
+def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
     """Builds what a YAML file describes.
+
+    Arguments
+    ---------
+    file : str or Path
+        The YAML file.
+    overrides : dict
+        Values that replace those of its keys.
+    required, paths : sequence of str
+        Keys that must be there, and those of them whose values must be paths; by default those of a training.
 
     Raises
     ------
@@ -304,7 +356,7 @@ def load_hparams(file, overrides):
                 f"{file} needs --{key}=...: the folder with the data set (the recipe's README.md says what has to be in it). "
                 "Without any data, run hparams/mini.yaml: it makes its own."
             )
-    missing = [key for key in REQUIRED_KEYS if key not in keys]
+    missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
     try:
@@ -315,18 +367,25 @@ def load_hparams(file, overrides):
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
         reason = ": ".join(map(str, error.args)) or error
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
-    for key in PATH_KEYS:
+    for key in paths:
         if not isinstance(hparams[key], str):
             raise InputError(f"{file}: the key '{key}' must be a path, not {hparams[key]!r} (a number needs quotes: '\"2024\"')")
     return hparams
 
 
 def tagging_dataset(name, hparams, vocabulary):
-    """The data set of `train_annotation`, `valid_annotation` or `test_annotation`; training labels are enhanced, if asked for.
+    """The data set of `train_annotation`, `valid_annotation` or `test_annotation`.
+
+    For training, labels are enhanced, and `teacher_scores` are read, if asked for.
 
     Returns
     -------
     (TaggingDataset, LabelSets)
+
+    Raises
+    ------
+    InputError
+        The annotation is wrong, or the teacher's scores are not of its clips.
     """
     manifest = Manifest.from_file(hparams[f"{name}_annotation"], hparams["data_folder"])
     labels = manifest.label_sets(vocabulary)
@@ -334,7 +393,10 @@ def tagging_dataset(name, hparams, vocabulary):
         labels = hparams["label_enhancement"](manifest, labels, vocabulary)
     sample_rate, n_frames = hparams["sample_rate"], hparams["n_frames"]
     n_samples = None if n_frames is None else n_samples_for(n_frames, sample_rate)
-    return TaggingDataset(manifest, labels, len(vocabulary), sample_rate, n_samples), labels
+    teacher = None
+    if name == "train" and hparams.get("teacher_scores") is not None:
+        teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
+    return TaggingDataset(manifest, labels, len(vocabulary), sample_rate, n_samples, teacher), labels
 
 
 def train_batches(hparams, labels):
@@ -386,134 +448,3 @@ def check_weight_file(annotation, weights):
             fault = f"differs in {n_differ} of {len(weights)} weights" if n_differ else None
     if fault:
         logger.warning("%s %s. It is not used: training draws with the weights computed from the labels.", file, fault)
-
-
-def evaluate(brain, valid_set, test_set, loader_kwargs):
-    """Scores the last epochs, the best epoch, the weight average and the ensemble of all epochs; adds them to `results.json`.
-
-    On AudioSet there is no validation set: the evaluation clips are scored after every epoch, and those scores serve here.
-
-    Arguments
-    ---------
-    brain : TaggingBrain
-        After `fit`.
-    valid_set : TaggingDataset
-        What each epoch was scored on.
-    test_set : TaggingDataset or None
-        What to report on, if not on `valid_set`.
-    loader_kwargs : dict
-        For both sets.
-
-    Returns
-    -------
-    dict
-        What is written to `results.json`.
-
-    Raises
-    ------
-    InputError
-        No epoch has been trained.
-    """
-    hparams = brain.hparams
-    folder = hparams.output_folder
-    results = read_results(folder)
-    epochs = results.get("epochs")
-    if not epochs:
-        raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
-    numbers = [epoch["epoch"] for epoch in epochs]
-    averaged = [number for number in numbers if number >= hparams.average_start] or numbers[-1:]
-    best = max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
-
-    def score(path_or_state, name, dataset):
-        state = load_weights(path_or_state) if isinstance(path_or_state, Path) else path_or_state
-        load_into(trained_modules(hparams.modules), state, name)
-        brain.evaluate(dataset, test_loader_kwargs=dict(loader_kwargs))
-        if if_main_process():
-            with atomic_write(prediction_path(folder, name)) as temporary:
-                np.save(temporary, brain.stats.scores.numpy())
-        return brain.stats.scores.numpy(), brain.stats.targets.numpy()
-
-    dataset, prefix = (valid_set, "valid") if test_set is None else (test_set, "test")
-    average = average_weights([snapshot_path(folder, number) for number in averaged])
-    scores, targets = score(average, f"{prefix}_weight_average", dataset)
-    evaluation = {"weight_average": {**summarize(scores, targets), "epochs": averaged}}
-    if test_set is None:
-        each = {number: {name: epochs[i][name] for name in FIGURES} for i, number in enumerate(numbers)}
-        total = sum(np.load(prediction_path(folder, f"valid_epoch_{number:02d}")).astype(np.float64) for number in numbers)
-    else:
-        each, total = {}, 0.0
-        for number in numbers:
-            scores, _ = score(snapshot_path(folder, number), f"test_epoch_{number:02d}", dataset)
-            each[number], total = summarize(scores, targets), total + scores.astype(np.float64)
-    ensemble = total / len(numbers)
-    evaluation |= {
-        "last": {**{name: each[numbers[-1]][name] for name in FIGURES}, "epochs": numbers[-1:]},
-        "best": {**{name: each[best][name] for name in FIGURES}, "epochs": [best]},
-        "last_epochs_mean": {**{name: float(np.mean([each[n][name] for n in averaged])) for name in FIGURES}, "epochs": averaged},
-        "ensemble": {**summarize(ensemble, targets), "epochs": numbers},
-        "chance": {"mAP": float(targets.mean(axis=0)[targets.any(axis=0)].mean())},
-    }
-    load_into(trained_modules(hparams.modules), average)
-    results["evaluation"] = evaluation
-    if if_main_process():
-        with atomic_write(prediction_path(folder, f"{prefix}_ensemble")) as temporary:
-            np.save(temporary, ensemble.astype(np.float32))
-        save_weights(trained_modules(hparams.modules), Path(folder) / "snapshots" / "average.safetensors")
-        write_results(folder, results)
-    return results
-
-
-def example(folder, dataset, vocabulary):
-    """A clip of a data set with its true labels, and what the exported tagger says of it.
-
-    Returns
-    -------
-    str
-    """
-    clip = dataset.data[0]
-    tags = AudioTagger.from_folder(Path(folder) / "tagger").tag_file(clip["wav"])
-    return "\n".join(
-        [
-            f"An example, {clip['wav']}",
-            "  its labels: " + ", ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
-            "  its tags:   " + ", ".join(f"{tag.label} {tag.score:.2f}" for tag in tags),
-            f"Tag your own sounds: psla-tag --model {Path(folder) / 'tagger'} FILE...",
-        ]
-    )
-
-
-ROWS = {
-    "chance": "chance (mean class prior)",
-    "last": "last epoch",
-    "best": "best epoch on the validation set",
-    "last_epochs_mean": "mean of the last epochs",
-    "weight_average": "average of the last epochs' weights",
-    "ensemble": "ensemble of all epochs' predictions",
-}
-
-
-def results_table(results, published):
-    """The figures of a run as text, next to published ones.
-
-    Arguments
-    ---------
-    results : dict
-        What `evaluate` returns.
-    published : dict of str to float
-        mAP as published, for rows that have one.
-
-    Example
-    -------
-    >>> print(results_table({"evaluation": {"last": {"mAP": 0.43, "mAUC": 0.97, "d_prime": 2.66}}}, {"last": 0.44}))
-                                              mAP    mAUC  d-prime  published
-    last epoch                             0.4300  0.9700    2.660      0.440
-    """
-    lines = [f"{'':36}{'mAP':>9}{'mAUC':>8}{'d-prime':>9}" + (f"{'published':>11}" if published else "")]
-    for key, title in ROWS.items():
-        if key in results["evaluation"]:
-            figures = results["evaluation"][key]
-            line = f"{title:36}{figures['mAP']:9.4f}"
-            if "mAUC" in figures:
-                line += f"{figures['mAUC']:8.4f}{figures['d_prime']:9.3f}"
-            lines.append(line + (f"{published[key]:11.3f}" if key in published else ""))
-    return "\n".join(lines)

@@ -23,3 +23,41 @@ def tiny_run(mini_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     done = run(command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=folder), cwd=folder)
     return folder, json.loads((folder / "results.json").read_text()), done
+
+
+@pytest.fixture(scope="session")
+def lively_runs(tiny_run, mini_data, tmp_path_factory):
+    """Two runs like the tiny one, `a` and `b`, whose models tell clips apart, as after a real training; and `c` with fewer mels."""
+    import torch
+    import yaml
+
+    from psla_sb.aggregation import update_batch_norm
+    from psla_sb.brain import trained_modules, write_results
+    from psla_sb.checkpoints import save_weights, snapshot_path
+    from psla_sb.dataio.dataset import clip_loader
+    from psla_sb.dataio.manifest import Manifest
+    from psla_sb.inference import AudioTagger
+
+    tiny, root = tiny_run[0], tmp_path_factory.mktemp("lively")
+    clips = Manifest.from_csv(tiny / "train.csv", mini_data)
+    for seed, name in enumerate("abc"):
+        run_folder = root / name
+        run_folder.mkdir()
+        for file in ("class_labels_indices.csv", "train.csv", "eval.csv"):
+            (run_folder / file).write_bytes((tiny / file).read_bytes())
+        text = (tiny / "hyperparams.yaml").read_text().replace(str(tiny), str(run_folder))
+        assert yaml.compose(text) is not None
+        (run_folder / "hyperparams.yaml").write_text(text.replace("n_mels: 32", "n_mels: 24") if name == "c" else text)
+        (run_folder / "snapshots").mkdir()
+        (run_folder / "snapshots" / "epoch_01.safetensors").write_bytes(snapshot_path(tiny, 1).read_bytes())
+        tagger = AudioTagger.from_snapshot(run_folder / "snapshots" / "epoch_01.safetensors", run_opts={"device": "cpu"})
+        for epoch in (1, 2):
+            torch.manual_seed(10 * seed + epoch)
+            for parameter in tagger.mods.parameters():
+                parameter.add_(0.1 * parameter.std(correction=0) * torch.randn_like(parameter))
+            batches = [range(start, start + 8) for start in range(0, len(clips), 8)]
+            update_batch_norm(tagger.mods, clip_loader(clips, 16000, None, batches))
+            save_weights(trained_modules(tagger.mods), snapshot_path(run_folder, epoch))
+        save_weights(trained_modules(tagger.mods), run_folder / "snapshots" / "average.safetensors")
+        write_results(run_folder, {"epochs": [{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}]})
+    return root

@@ -39,7 +39,7 @@ def test_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     checkpointer = checkpointer_of(tmp_path, state)
     checkpointer.save_checkpoint()
     state.value = None
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"cannot be written \(disk full; \d+ MiB are free there\)\. .*make room"):
         checkpointer.save_checkpoint()
     # SpeechBrain's own would take the half for the newest checkpoint
     assert [path.name[:4] for path in sorted(tmp_path.iterdir())] == ["CKPT", "tmp+"]
@@ -56,6 +56,15 @@ def test_failed_save_leaves_the_earlier_checkpoint(tmp_path):
     assert checkpoint.path.name.startswith("CKPT")
     assert checkpoint.paramfiles["state"].read_text() == "2"
     assert Checkpointer(tmp_path).find_checkpoint().path == checkpoint.path
+
+
+def test_what_is_left_of_a_deleted_checkpoint_is_removed(tmp_path):
+    for name in ("CKPT+2026-01-01+00-00-00+00", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "aa.ckpt").touch()
+    (tmp_path / "CKPT.txt").touch()
+    checkpointer_of(tmp_path, Recoverable(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CKPT.txt", "mine"]
 
 
 def test_files_are_on_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """One training step: what reaches the weights, what does not, and where its randomness comes from."""
 
 import math
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,15 @@ def test_training_stops_when_too_many_losses_are_not_finite(make_brain, tmp_path
     lines = (tmp_path / "nonfinite_batches.csv").read_text().splitlines()
     assert lines[:5] == ["0,1,0", "0,1,1", "0,1,2", "0,1,3", "1,2,0"]
     assert len(lines) == 3 * 4
+
+
+def test_a_second_interrupt_stops_at_once(make_brain):
+    brain = make_brain()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        brain.request_stop(signum, None)
+        assert brain.stop_requested
+    with pytest.raises(KeyboardInterrupt):
+        brain.request_stop(signal.SIGINT, None)
 
 
 def test_randomness_comes_from_seed_and_step_alone(make_brain):

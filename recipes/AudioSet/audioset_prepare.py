@@ -197,8 +197,10 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
     def open_files(rows):
         for row in rows:
             if found[row].is_valid:
+                path = os.path.join(audio_folder, found[row].as_py())
                 try:
-                    durations[row] = audio_io.info(os.path.join(audio_folder, found[row].as_py())).duration
+                    # a pipe would never be opened
+                    durations[row] = audio_io.info(path).duration if os.path.isfile(path) else 0.0
                 except Exception:
                     durations[row] = 0.0
 
