@@ -3,52 +3,50 @@
 import hashlib
 import json
 import os
-import pickle
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
-from speechbrain.utils.logger import get_logger
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 from psla_sb.brain import check_audio
 from psla_sb.checkpoints import UNFINISHED, atomic_write, flush, load_weights
-from psla_sb.dataio.dataset import TaggingDataset, ignore_signals
+from psla_sb.dataio.dataset import clip_loader
 from psla_sb.errors import InputError
+from psla_sb.export import definitions_text, read_definitions
 from psla_sb.inference import AudioTagger
-from psla_sb.labels.label_sets import LabelSets
+from psla_sb.interop import read_tagger
 from psla_sb.lobes.features import n_samples_for
-
-logger = get_logger(__name__)
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
 
 
 def average_weights(paths):
-    """The mean of the weights of several snapshots, batch-norm statistics included.
+    """The mean of the weights of several models, batch-norm statistics included.
 
     Sums are kept in float64, with one file in memory at a time; entries that are not floating point (batch norm counts its
     batches) are averaged and rounded.
 
     Arguments
     ---------
-    paths : sequence of Path
-        Snapshots, as `psla_sb.checkpoints.save_weights` writes them.
+    paths : sequence of str or Path
+        Snapshots (`.safetensors`), SpeechBrain's checkpoint folders, folders of taggers, checkpoints of the published code.
 
     Returns
     -------
     dict of str to torch.Tensor
-        A state dict, each entry of the dtype that the files have.
+        A state dict, keys as in a snapshot, each entry of the dtype that it has in the first file.
 
     Raises
     ------
     InputError
-        There are no files, or two of them differ in keys or shapes.
+        There are no files, one cannot be read, or two of them differ in keys or shapes.
 
     Example
     -------
@@ -63,17 +61,93 @@ def average_weights(paths):
     """
     if not paths:
         raise InputError("no snapshots to average")
-    first = load_weights(paths[0])
-    total = {key: value.double() for key, value in first.items()}
-    for path in paths[1:]:
-        state = load_weights(path)
-        differing = set(state) ^ set(total) or {key for key in total if state[key].shape != total[key].shape}
-        if differing:
-            raise InputError(f"{path} and {paths[0]} are not weights of the same model: they differ in '{min(differing)}'")
-        for key, value in state.items():
-            total[key] += value
-    mean = {key: value / len(paths) for key, value in total.items()}
-    return {key: (value if first[key].is_floating_point() else value.round()).to(first[key].dtype) for key, value in mean.items()}
+    total, dtypes = {}, {}
+    for path in paths:
+        _add_weights(path, total, dtypes, paths[0])
+    for key, dtype in dtypes.items():
+        mean = total[key] / len(paths)
+        total[key] = (mean if dtype.is_floating_point else mean.round()).to(dtype)
+    return total
+
+
+def _add_weights(path, total, dtypes, first):
+    state = load_weights(path) if Path(path).suffix == ".safetensors" else _flat(read_tagger(Path(path))[0])
+    if not dtypes:
+        dtypes.update({key: value.dtype for key, value in state.items()})
+        total.update({key: torch.zeros(value.shape, dtype=torch.float64) for key, value in state.items()})
+    for key in sorted(state.keys() | total.keys()):
+        if key not in state or key not in total:
+            lacking, other = (path, first) if key not in state else (first, path)
+            raise InputError(f"{path} and {first} are not weights of the same model: '{key}' is in {other}, not in {lacking}")
+        if state[key].shape != total[key].shape:
+            shapes = f"{list(state[key].shape)} and {list(total[key].shape)}"
+            raise InputError(f"{path} and {first} are not weights of the same model: the shapes of '{key}' are {shapes}")
+        total[key] += state[key]
+
+
+def _flat(modules):
+    return {f"{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
+
+
+class _TrainingNorms(nn.Module):
+    """A network of which only the batch norms are ever in training mode: drop-connect would disturb what they measure."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def train(self, mode=True):
+        self.training = mode
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm):
+                module.train(mode)
+        return self
+
+    def forward(self, feats):
+        return self.network(feats)
+
+
+def update_batch_norm(modules, loader):
+    """Estimates an encoder's batch-norm statistics anew, as averaged weights may need: their statistics are not those of any model
+    that was trained (Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018).
+
+    Every batch counts the same; clips are neither mixed nor masked.
+
+    Arguments
+    ---------
+    modules : dict of str to torch.nn.Module
+        `compute_features`, `mean_var_norm` and `embedding_model`, in evaluation mode; the last is changed in place.
+    loader : iterable of PaddedBatch
+        Of training clips, as `clip_loader` gives them.
+
+    Raises
+    ------
+    AudioError
+        A sound file cannot be read.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> class Encoder(nn.BatchNorm1d):
+    ...     def forward(self, feats):
+    ...         return super().forward(feats.transpose(1, 2))
+    >>> encoder = Encoder(64).eval()
+    >>> modules = {"compute_features": KaldiFbank(n_mels=64), "mean_var_norm": GlobalNorm(), "embedding_model": encoder}
+    >>> update_batch_norm(modules, [SimpleNamespace(sig=(torch.randn(2, 16000), torch.ones(2)), error=[None, None])])
+    >>> bool(encoder.running_mean.abs().min() > 0), encoder.training
+    (True, False)
+    """
+    encoder = modules["embedding_model"]
+    device = next(encoder.parameters()).device
+
+    def features():
+        for batch in loader:
+            check_audio(batch)
+            wavs, wav_lens = (x.to(device) for x in batch.sig)
+            yield modules["mean_var_norm"](modules["compute_features"](wavs, wav_lens))
+
+    update_bn(features(), _TrainingNorms(encoder).eval())
 
 
 def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, run_opts=None, at_a_time=None, labels=None):
@@ -81,7 +155,7 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
 
     A clip is decoded once; features are computed once for each distinct front end, and every member scores the batch while it is
     on the device. Scores go to disk as they come: a pass that was killed goes on where it was, and a member whose scores of the
-    same annotation are in the folder is not scored again. Started by torchrun, the ranks share the clips out.
+    same annotation are in the folder is not scored again. Started by torchrun, the ranks, on one machine, share the clips out.
 
     Arguments
     ---------
@@ -92,7 +166,8 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
     vocabulary : Vocabulary
         The classes, which must be those of every member, in this order.
     folder : str or Path
-        Where to write `<name>.npy`, float32 `[clips, classes]` in the order of the annotation, and what it was made from.
+        Where to write `<name>.npy`, float32 `[clips, classes]` in the order of the annotation, and `<name>.json`, which tells what
+        it was made from.
     batch_size, num_workers : int
         Of the loader, for each process.
     run_opts : dict, optional
@@ -112,20 +187,19 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
     InputError
         A member cannot be loaded, or has other classes; or a sound file cannot be read.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    made_from = {name: _made_from(source, manifest) for name, source in members.items()}
+    folder, run_opts = Path(folder), run_opts or {"device": "cpu"}
+    of_clips = {**stamp(manifest, vocabulary), "precision": run_opts.get("precision", "fp32")}
+    made_from = {name: {"weights": _digest(source), **of_clips} for name, source in members.items()}
     files = {name: folder / f"{name}.npy" for name in members}
     waiting = [name for name, file in files.items() if not file.exists() or _read(file.with_suffix(".json")) != made_from[name]]
     ddp_barrier()
     while waiting:
-        taggers, room = {}, at_a_time or 1
-        while waiting and len(taggers) < room:
-            tagger = AudioTagger.from_any(members[waiting[0]], labels, run_opts=run_opts or {"device": "cpu"})
+        taggers = {}
+        while waiting and (len(taggers) < at_a_time if at_a_time else _has_room(taggers)):
+            tagger = AudioTagger.from_any(members[waiting[0]], labels, run_opts=run_opts)
             if list(tagger.hparams.mids) != vocabulary.mids:
                 raise InputError(f"{members[waiting[0]]} has other classes than the class list, or in another order")
             taggers[waiting.pop(0)] = tagger
-            room = at_a_time or _fitting(tagger)
         settings = {"members": {name: made_from[name] for name in taggers}, "batch_size": batch_size}
         _score_together(taggers, manifest, folder, settings, num_workers)
         if if_main_process():
@@ -133,8 +207,77 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
                 os.replace(folder / f"{UNFINISHED}{name}.npy", files[name])
                 with atomic_write(files[name].with_suffix(".json")) as temporary:
                     temporary.write_text(json.dumps(made_from[name]), encoding="utf-8")
+            for note in folder.glob(f"{UNFINISHED}pass_*.json"):
+                note.unlink()
         ddp_barrier()
-    return {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    # copy-on-write, since PyTorch warns of arrays that are read-only
+    return {name: np.load(file, mmap_mode="c") for name, file in files.items()}
+
+
+def stamp(manifest, vocabulary):
+    """What tells whether scores are of these clips and classes; it is in the JSON file beside them.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> manifest = Manifest.from_columns(["a"], ["a.wav"], [1.0], ["/m/1"])
+    >>> list(stamp(manifest, Vocabulary(["/m/1"], ["Bell"])))
+    ['annotation', 'classes']
+    """
+    return {"annotation": manifest.digest(), "classes": hashlib.sha256(json.dumps(vocabulary.mids).encode()).hexdigest()}
+
+
+def open_scores(path, manifest, vocabulary):
+    """Scores of the clips of an annotation, which were written by `score` or by a recipe's `aggregate.py`.
+
+    Arguments
+    ---------
+    path : str or Path
+        The `.npy` file; the `.json` file that was written with it lies beside it.
+    manifest : Manifest
+        The clips that the rows must be of, in this order.
+    vocabulary : Vocabulary
+        The classes that the columns must be of.
+
+    Returns
+    -------
+    np.ndarray
+        float32 `[clips, classes]`, memory-mapped.
+
+    Raises
+    ------
+    InputError
+        There are no such scores, or they are of other clips or classes.
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> from psla_sb.labels.vocabulary import Vocabulary
+    >>> manifest, vocabulary = Manifest.from_columns(["a"], ["a.wav"], [1.0], [""]), Vocabulary(["/m/1"], ["Bell"])
+    >>> path = getfixture("tmp_path") / "ensemble.npy"
+    >>> np.save(path, np.zeros((1, 1), np.float32))
+    >>> _ = path.with_suffix(".json").write_text(json.dumps(stamp(manifest, vocabulary)))
+    >>> open_scores(path, manifest, vocabulary).shape
+    (1, 1)
+    """
+    path, of_clips = Path(path), stamp(manifest, vocabulary)
+    try:
+        scores, said = np.load(path, mmap_mode="r"), json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: no such file; aggregate.py writes scores as a pair of .npy and .json") from None
+    except (ValueError, RecursionError, OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as scores with a .json file beside it: {error}") from None
+    if not isinstance(said, dict) or not isinstance(scores, np.ndarray):
+        raise InputError(f"{path}: not a pair of .npy and .json as aggregate.py writes it")
+    for key, what in (("annotation", manifest.source), ("classes", "the class list")):
+        if said.get(key) != of_clips[key]:
+            raise InputError(
+                f"{path}: scores of others than {what}, or in another order; score them with aggregate.py --annotation"
+            )
+    if scores.shape != (len(manifest), len(vocabulary)):
+        raise InputError(f"{path}: has the shape {list(scores.shape)}, not {[len(manifest), len(vocabulary)]}; write it again")
+    return scores
 
 
 def _score_together(taggers, manifest, folder, settings, num_workers):
@@ -147,31 +290,27 @@ def _score_together(taggers, manifest, folder, settings, num_workers):
         raise InputError(f"{', '.join(taggers)}: members have different sample rates; aggregate those of one rate")
     lengths = [getattr(tagger.mods.compute_features, "n_frames", None) for tagger in taggers.values()]
     n_samples = None if None in lengths else n_samples_for(max(lengths), sample_rate)
-    unlabelled = LabelSets(np.zeros(n_clips + 1, np.int64), np.zeros(0, np.int32))
-    dataset = TaggingDataset(manifest, unlabelled, n_classes, sample_rate, n_samples)
     batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)][rank::world_size]
 
-    note, settings = folder / f"{UNFINISHED}pass_{rank}.json", {**settings, "ranks": world_size}
+    settings = {**settings, "ranks": world_size}
     paths = {name: folder / f"{UNFINISHED}{name}.npy" for name in taggers}
-    earlier = _read(note)
-    done = earlier["batches"] if earlier is not None and earlier["settings"] == settings else 0
-    if if_main_process():
+    note, begun = folder / f"{UNFINISHED}pass_{rank}.json", folder / f"{UNFINISHED}pass_all.json"
+    if if_main_process() and (_read(begun) != settings or not all(path.exists() for path in paths.values())):
+        # rows that a rank believes to have written are in these very files, or in none
+        for stale in folder.glob(f"{UNFINISHED}pass_*.json"):
+            stale.unlink()
         for path in paths.values():
-            if done == 0 or not path.exists():
-                np.lib.format.open_memmap(path, "w+", np.float32, (n_clips, n_classes)).flush()
+            with atomic_write(path) as temporary:
+                new_array(temporary, (n_clips, n_classes))
+        _note(begun, settings)
     ddp_barrier()
+    done = (_read(note) or {"batches": 0})["batches"]
     out = {name: np.lib.format.open_memmap(path, "r+") for name, path in paths.items()}
 
     front_ends = defaultdict(list)
     for tagger in taggers.values():
-        front_ends[pickle.dumps([tagger.mods.compute_features, tagger.mods.mean_var_norm])].append(tagger)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches[done:],
-        collate_fn=PaddedBatch,
-        num_workers=num_workers,
-        worker_init_fn=ignore_signals,
-    )
+        front_ends[front_end(tagger)].append(tagger)
+    loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers)
     total, first = sum(map(len, batches)), sum(map(len, batches[:done]))
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
@@ -186,11 +325,34 @@ def _score_together(taggers, manifest, folder, settings, num_workers):
             bar.update(len(batch.index))
             if count % BATCHES_AT_ONCE == 0:
                 _flush(out, paths)
-                with atomic_write(note) as temporary:
-                    temporary.write_text(json.dumps({"settings": settings, "batches": count}), encoding="utf-8")
+                _note(note, {"batches": count})
     _flush(out, paths)
     ddp_barrier()
-    note.unlink(missing_ok=True)
+
+
+def new_array(path, shape):
+    """A float32 `.npy` file of zeros, to be filled through memory.
+
+    Its room on the disk is taken here: where there is none left when a page is written, the process ends by a signal.
+
+    Returns
+    -------
+    np.memmap
+
+    Raises
+    ------
+    OSError
+        The disk is full.
+
+    Example
+    -------
+    >>> new_array(getfixture("tmp_path") / "scores.npy", (2, 3)).sum()
+    np.float32(0.0)
+    """
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with open(path, "r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+    return array
 
 
 def _flush(arrays, paths):
@@ -199,27 +361,61 @@ def _flush(arrays, paths):
         flush(paths[name])
 
 
-def _fitting(tagger):
-    """How many models like this fit into a GPU's memory, half of which is left to what they compute; on a CPU, all do."""
-    if tagger.device_type != "cuda":
-        return float("inf")
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tagger.mods.state_dict().values())
-    return max(1, torch.cuda.get_device_properties(tagger.device).total_memory // 2 // size)
+def _note(path, content):
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _made_from(source, manifest):
-    """What tells one set of scores from another: the bytes of the member's files and of the annotation."""
+def _read(path):
+    """What a JSON file says; None if it is not there, or not as it was written: what it is about is then done again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _has_room(taggers):
+    """Whether one more model like these fits into half of a GPU's free memory; the rest is left to what they compute."""
+    if not taggers or next(iter(taggers.values())).device_type != "cuda":
+        return True
+    # twice: a tagger computes with a copy of its weights
+    sizes = [2 * sum(tensor.nbytes for tensor in tagger.mods.state_dict().values()) for tagger in taggers.values()]
+    return sum(sizes) + max(sizes) <= (torch.cuda.mem_get_info()[0] + sum(sizes) // 2) // 2
+
+
+def front_end(tagger):
+    """What two taggers whose features are the same have in common.
+
+    Example
+    -------
+    >>> from types import SimpleNamespace
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> taggers = [
+    ...     SimpleNamespace(mods={"compute_features": KaldiFbank(n_mels=n_mels), "mean_var_norm": GlobalNorm()})
+    ...     for n_mels in (64, 64, 128)
+    ... ]
+    >>> len({front_end(tagger) for tagger in taggers})
+    2
+    """
+    modules = [module for name in ("compute_features", "mean_var_norm") for module in tagger.mods[name].modules()]
+    settings = [{key: value for key, value in vars(module).items() if not key.startswith("_")} for module in modules]
+    tensors = [tensor.cpu().numpy().tobytes() for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return repr([(type(module), setting) for module, setting in zip(modules, settings, strict=True)]), *tensors
+
+
+def _digest(source):
+    """SHA-256 of a member's files, and of the model's definition, which a snapshot does not hold."""
     source = Path(source)
     if (source / "results.json").is_file():
         source = source / "snapshots" / "average.safetensors"
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
     digest = hashlib.sha256()
     for file in files:
         if not file.is_file():
             raise InputError(f"{file}: no such file")
         digest.update(file.read_bytes())
-    return {"weights": digest.hexdigest(), "annotation": manifest.digest()}
-
-
-def _read(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    run = source.resolve().parents[1] / "hyperparams.yaml"
+    if source.suffix == ".safetensors" and run.is_file():
+        digest.update(definitions_text(read_definitions(run)).encode())
+    return digest.hexdigest()

@@ -199,7 +199,8 @@ def load_pretrained_tagger(source, modules):
     Arguments
     ---------
     source : str or Path
-        The folder of a tagger, a run's snapshot (`.safetensors`), or a checkpoint of the published code.
+        The folder of a tagger, a checkpoint folder of SpeechBrain's, a run's snapshot (`.safetensors`), or a checkpoint of the
+        published code.
     modules : dict of str to torch.nn.Module
         `embedding_model` and `classifier`, filled in place.
 
@@ -221,7 +222,7 @@ def load_pretrained_tagger(source, modules):
     >>> print(load_pretrained_tagger(path, modules))
     358 tensors taken; 2 not taken: classifier.cla.weight, classifier.cla.bias
     """
-    trained, padding = _read_tagger(Path(source))
+    trained, padding = read_tagger(Path(source))
     encoder, pooling = modules["embedding_model"], modules["classifier"]
     try:
         state = {f"embedding_model.{key}": value for key, value in trained["embedding_model"].items()}
@@ -265,8 +266,36 @@ def _read_tensors(path):
     return state
 
 
-def _read_tagger(source):
-    """The weights `{"embedding_model": state dict, "classifier": state dict}`, and the padding, None if that is not known."""
+def read_tagger(source):
+    """The weights of a trained tagger.
+
+    Arguments
+    ---------
+    source : Path
+        The folder of a tagger, a checkpoint folder of SpeechBrain's, a run's snapshot, or a checkpoint of the published code.
+
+    Returns
+    -------
+    (dict, str or None)
+        `{"embedding_model": state dict, "classifier": state dict}`, and the encoder's padding, None if that is not known.
+
+    Raises
+    ------
+    InputError
+        The source cannot be read.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "model.pth"
+    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 527))
+    >>> weights, padding = read_tagger(path)
+    >>> list(weights["classifier"]), padding
+    (['cla.weight', 'cla.bias'], 'symmetric')
+    """
+    if (source / "CKPT.yaml").is_file():
+        # as in `<output_folder>/save/CKPT+.../`
+        trained = {part: _read_tensors(source / f"{part}.ckpt") for part in ("embedding_model", "classifier")}
+        return trained, _padding_in(source.resolve().parents[1] / "hyperparams.yaml")
     if source.is_dir():
         trained = {part: load_weights(source / f"{part}.ckpt") for part in ("embedding_model", "classifier")}
         return trained, _padding_in(source / "hyperparams.yaml")

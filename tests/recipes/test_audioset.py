@@ -39,6 +39,12 @@ def test_results_are_those_of_the_predictions(tiny_run, mini_data):
     assert results["evaluation"]["weight_average"]["mAP"] == summarize(averaged, targets)["mAP"]
 
 
+def test_every_figure_in_the_results_has_a_meaning(tiny_run):
+    results = tiny_run[1]
+    for entry in (*results["epochs"], *results["evaluation"].values(), results["evaluation"]):
+        assert set(entry) - {"epoch"} <= set(results["meaning"])
+
+
 def test_weight_average_is_the_true_mean_of_the_snapshots(tiny_run):
     folder, _, _ = tiny_run
     paths = [snapshot_path(folder, epoch) for epoch in (1, 2)]

@@ -1,0 +1,403 @@
+"""`main`: the one body behind every recipe's `aggregate.py`: trained models -> figures of each, of their ensemble, of their mean.
+
+The YAML file, `hparams/aggregate.yaml` of a recipe, says which models and on which clips.
+"""
+
+import json
+import signal
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ruamel.yaml
+import speechbrain as sb
+from speechbrain.utils.distributed import if_main_process, infer_device, run_on_main
+from speechbrain.utils.logger import get_logger
+
+from psla_sb import experiment
+from psla_sb.aggregation import average_weights, front_end, score, stamp, update_batch_norm
+from psla_sb.brain import read_results, trained_modules
+from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
+from psla_sb.dataio.dataset import clip_loader
+from psla_sb.dataio.manifest import ROOTS, Manifest
+from psla_sb.ensemble_figures import ensemble_table, figures_of, greedy_selection, write_classes
+from psla_sb.errors import InputError
+from psla_sb.export import definitions_text, plain_definitions, read_definitions, write_tagger
+from psla_sb.inference import AudioTagger
+from psla_sb.interop import psla_to_tagger
+from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
+from psla_sb.lobes.features import n_samples_for
+from psla_sb.metrics import summarize
+
+logger = get_logger(__name__)
+
+REQUIRED_KEYS = (
+    *("runs", "members", "output_folder", "annotation", "class_list", "data_folder", "select", "selection_annotation"),
+    *("batch_norm_annotation", "export", "batch_size", "num_workers"),
+)
+MEMBERS = ("checkpoints", "last", "average", "best")
+# Clips from which batch-norm statistics are estimated: more change no digit that matters.
+NORM_CLIPS = 10_000
+
+
+def main(recipe, arguments=None):
+    """Runs a recipe's `aggregate.py`; what is wrong with the input is printed without a traceback.
+
+    Arguments
+    ---------
+    recipe : str
+        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 2, if the input is wrong; 75, if it was interrupted by SIGTERM or Ctrl-C: the same command goes on.
+
+    Example
+    -------
+    >>> main("recipes/AudioSet/aggregate.py", ["hparams/aggregate.yaml", "--runs=[nowhere]"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    experiment.main(recipe, arguments, aggregate)
+
+
+def aggregate(hparams_file, run_opts, overrides):
+    """One aggregation, from the YAML file to the figures.
+
+    Arguments
+    ---------
+    hparams_file : str or Path
+        The YAML file.
+    run_opts : RunOptions
+        SpeechBrain's run options.
+    overrides : dict
+        Values that replace those of the file's keys.
+
+    Returns
+    -------
+    dict
+        What is written to `ensemble.json`.
+
+    Raises
+    ------
+    InputError
+        See the message.
+    """
+    run_opts = experiment.start_processes(run_opts)
+    hparams = experiment.load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
+    sources = find_members(hparams["runs"], hparams["members"])
+    vocabulary, manifest, selection, labels = _open_annotations(hparams)
+    folder = Path(hparams["output_folder"])
+    if (folder / "results.json").exists():
+        raise InputError(
+            f"{folder}: the output folder of a training run; choose another --output_folder, whose files may be replaced"
+        )
+    taggers = _distinct_taggers(sources.values(), labels)
+    front_ends = {front_end(tagger) for tagger in taggers.values()}
+    if hparams["export"] and len(front_ends) > 1:
+        raise InputError("members have different front ends, so their ensemble cannot be one tagger: pass --export=False")
+    sb.create_experiment_directory(folder, hparams_file, overrides)
+    for signum in experiment.STOP_SIGNALS:
+        # what is scored is on disk at once: there is nothing more to save
+        signal.signal(signum, experiment.stop)
+    device = run_opts.device or infer_device()
+    options = {
+        "batch_size": hparams["batch_size"],
+        "num_workers": hparams["num_workers"],
+        "run_opts": {"device": device, "precision": run_opts.eval_precision},
+        "labels": labels,
+    }
+    chosen, picked = list(sources), None
+    if selection is not None:
+        scores = score(sources, selection, vocabulary, folder / "selection_scores", **options)
+        targets = selection.label_sets(vocabulary).to_multi_hot(np.arange(len(selection)), len(vocabulary))
+        order, precisions = greedy_selection([scores[name] for name in sources], targets)
+        chosen = [chosen[i] for i in order]
+        best = max(sources, key=lambda name: summarize(scores[name], targets)["mAP"])
+        picked = {"annotation_file": selection.source, "mAP": precisions, "best_single": best}
+    reason = _why_no_average([sources[name] for name in chosen], taggers, labels)
+    scored = dict(sources)
+    if reason is None:
+        scored["weight_average"] = folder / "weight_average"
+        run_on_main(
+            _write_average,
+            [[sources[name] for name in chosen], hparams, manifest.data_root, vocabulary, labels, scored["weight_average"], device],
+        )
+    scores = score(scored, manifest, vocabulary, folder / "scores", **options)
+    if not if_main_process():
+        return None
+    targets = manifest.label_sets(vocabulary).to_multi_hot(np.arange(len(manifest)), len(vocabulary))
+    report, ensemble = figures_of(scores, chosen, targets)
+    report = {
+        "annotation_file": manifest.source,
+        "n_clips": len(manifest),
+        **stamp(manifest, vocabulary),
+        "sources": {name: str(source) for name, source in sources.items()},
+        "selection": picked,
+        **report,
+    }
+    if reason is not None:
+        report["weight_average"] = {"none": reason}
+    if picked is not None:
+        report["best_single"] = picked["best_single"]
+    with atomic_write(folder / "ensemble.npy") as temporary:
+        np.save(temporary, ensemble.astype(np.float32))
+    with atomic_write(folder / "ensemble.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
+    if hparams["export"]:
+        export_ensemble(folder / "tagger", [sources[name] for name in chosen], vocabulary, labels)
+    # matplotlib is slow to import, and only this process draws
+    from psla_sb.plots import ensemble_curve
+
+    singles = [report["members"][name]["mAP"] for name in chosen]
+    precisions = [figures["mAP"] for figures in report["so_far"]]
+    ensemble_curve(singles, precisions, folder / "ensemble.png", report["weight_average"].get("mAP"))
+    logger.info("\n%s", ensemble_table(report))
+    return report
+
+
+def find_members(runs, which):
+    """The models to aggregate.
+
+    Arguments
+    ---------
+    runs : str or list of str
+        Output folders of training runs; also folders of taggers, snapshots and checkpoints of the published code, which are a
+        member each.
+    which : str
+        Of a run: "checkpoints" (every epoch's snapshot), "last", "best" (on the validation set) or "average" (of the last epochs).
+
+    Returns
+    -------
+    dict of str to Path
+        By a name made from the path, in the order given.
+
+    Raises
+    ------
+    InputError
+        There are none, one of them is not there, or is there twice.
+
+    Example
+    -------
+    >>> from psla_sb.brain import write_results
+    >>> run = getfixture("tmp_path") / "psla" / "1"
+    >>> for epoch in (1, 2):
+    ...     with atomic_write(snapshot_path(run, epoch)) as temporary:
+    ...         _ = temporary.write_bytes(b"")
+    >>> write_results(run, {"epochs": [{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}]})
+    >>> list(find_members(str(run), "checkpoints")), list(find_members([run], "best"))
+    (['psla-1-epoch_01', 'psla-1-epoch_02'], ['psla-1-epoch_01'])
+    """
+    runs = runs if isinstance(runs, list) else [runs]
+    if not runs or runs == [None]:
+        raise InputError("no runs to aggregate: pass --runs=[FOLDER,...], the output folders of training runs")
+    if which not in MEMBERS:
+        raise InputError(f"members must be one of {', '.join(MEMBERS)}, not {which!r}")
+    sources = []
+    for run in map(Path, map(str, runs)):
+        if not run.exists():
+            raise InputError(f"{run}: no such run")
+        if run.is_file() or (run / "embedding_model.ckpt").is_file():
+            sources.append(run)
+            continue
+        try:
+            epochs = read_results(run).get("epochs")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{run / 'results.json'}: not what a run writes ({error})") from None
+        if not epochs:
+            raise InputError(f"{run}: not the output folder of a run that has trained an epoch, and not the folder of a tagger")
+        numbers = {
+            "checkpoints": [epoch["epoch"] for epoch in epochs],
+            "last": [epochs[-1]["epoch"]],
+            "best": [max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]],
+        }
+        if which == "average":
+            sources.append(run / "snapshots" / "average.safetensors")
+        else:
+            sources += [snapshot_path(run, number) for number in numbers[which]]
+    for source in sources:
+        if not source.exists():
+            raise InputError(f"{source}: no such file of weights")
+    parts = [[part for part in source.resolve().with_suffix("").parts[1:] if part != "snapshots"] for source in sources]
+    for length in range(3, max(map(len, parts)) + 1):
+        names = ["-".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, sources, strict=True))
+    twice = Counter(map(str, sources)).most_common(1)[0][0]
+    raise InputError(f"{twice} is a member twice; give every run once")
+
+
+def _open_annotations(hparams):
+    """The classes and the clips; what the YAML file does not say is as in the first run.
+
+    Returns
+    -------
+    (Vocabulary, Manifest, Manifest or None, str)
+        Classes, clips to report on, clips to select on, and the file with the classes.
+
+    Raises
+    ------
+    InputError
+        A file is not named or is wrong, or members would be selected on the clips that they are reported on.
+    """
+    first = Path(str(hparams["runs"][0] if isinstance(hparams["runs"], list) else hparams["runs"]))
+    run = first if first.is_dir() else first.resolve().parents[1]
+    settings, class_list = {}, hparams["class_list"]
+    if (run / "class_labels_indices.csv").is_file() and (run / "hyperparams.yaml").is_file():
+        settings = ruamel.yaml.YAML().load((run / "hyperparams.yaml").read_text(encoding="utf-8"))
+        class_list = class_list or str(run / "class_labels_indices.csv")
+    data_folder = hparams["data_folder"] or settings.get("data_folder")
+    annotation = hparams["annotation"] or settings.get("test_annotation") or settings.get("valid_annotation")
+    if annotation is None or class_list is None:
+        raise InputError(f"{first} is not a run that says on what it was evaluated: pass --annotation=... and --class_list=...")
+    vocabulary, manifest = Vocabulary.from_csv(class_list), Manifest.from_file(annotation, data_folder)
+    if hparams["select"] is None:
+        return vocabulary, manifest, None, class_list
+    if hparams["select"] != "greedy":
+        raise InputError(f"select must be null or greedy, not {hparams['select']!r}")
+    if (hparams["selection_annotation"] or settings.get("valid_annotation")) is None:
+        raise InputError("select=greedy needs --selection_annotation=..., clips on which nothing is reported")
+    selection = Manifest.from_file(hparams["selection_annotation"] or settings["valid_annotation"], data_folder)
+    common = pc.sum(pc.is_in(paths_of(selection), value_set=pa.array(paths_of(manifest)))).as_py()
+    if common:
+        raise InputError(
+            f"{selection.source}: {common} of its clips are also in {manifest.source}, which is reported on, and what is picked on "
+            "clips looks better on them than it is. Pass another --selection_annotation, such as a validation set"
+        )
+    return vocabulary, manifest, selection, class_list
+
+
+def paths_of(manifest):
+    """The paths of the clips, SpeechBrain's placeholders filled in.
+
+    Example
+    -------
+    >>> manifest = Manifest.from_columns(["a"], ["{data_root}/a.wav"], [1.0], [""], data_root="/data")
+    >>> paths_of(manifest).to_pylist()
+    ['/data/a.wav']
+    """
+    paths = manifest.table["wav"].combine_chunks()
+    for placeholder in ROOTS if manifest.data_root is not None else ():
+        paths = pc.replace_substring(paths, placeholder, str(manifest.data_root))
+    return paths
+
+
+def _definitions_of(source, labels):
+    """The definitions of a member's modules, as YAML nodes.
+
+    Arguments
+    ---------
+    source : Path
+        A snapshot, the folder of a tagger, or a checkpoint of the published code.
+    labels : str or Path
+        The class list of the latter.
+
+    Raises
+    ------
+    InputError
+        There is no file that says what model the weights are of.
+    """
+    if source.is_file() and source.suffix != ".safetensors":
+        with tempfile.TemporaryDirectory() as folder:
+            psla_to_tagger(source, labels, folder)
+            return read_definitions(Path(folder) / "hyperparams.yaml")
+    file = (source if source.is_dir() else source.resolve().parents[1]) / "hyperparams.yaml"
+    try:
+        return read_definitions(file)
+    except (OSError, KeyError, TypeError, ruamel.yaml.YAMLError) as error:
+        raise InputError(f"{file}: does not say what model {source} is of ({error!r})") from None
+
+
+def _distinct_taggers(sources, labels):
+    """One tagger for each model definition among the members, by the definition's text."""
+    first = {}
+    for source in sources:
+        first.setdefault(definitions_text(_definitions_of(source, labels)), source)
+    return {text: AudioTagger.from_any(source, labels, run_opts={"device": "cpu"}) for text, source in first.items()}
+
+
+def _why_no_average(sources, taggers, labels):
+    """Why the weights of these members have no mean; None if they have one."""
+    used = [taggers[text] for text in {definitions_text(_definitions_of(source, labels)) for source in sources}]
+    if len({front_end(tagger) for tagger in used}) > 1:
+        return "members have different front ends"
+    layouts = [{key: tuple(value.shape) for key, value in tagger.mods.state_dict().items()} for tagger in used]
+    return None if all(layout == layouts[0] for layout in layouts) else "members are of different architectures"
+
+
+def _write_average(sources, hparams, data_folder, vocabulary, labels, folder, device):
+    """Writes the mean of members' weights as the folder of a tagger, with new batch-norm statistics if asked for."""
+    tagger = AudioTagger.from_any(sources[0], labels, run_opts={"device": device})
+    modules = trained_modules(tagger.mods)
+    load_into(modules, average_weights(sources))
+    if hparams["batch_norm_annotation"] is not None:
+        clips = Manifest.from_file(hparams["batch_norm_annotation"], data_folder)
+        rows = np.linspace(0, len(clips) - 1, min(NORM_CLIPS, len(clips))).round().astype(int).tolist()
+        size, n_frames = hparams["batch_size"], getattr(tagger.mods.compute_features, "n_frames", None)
+        n_samples = None if n_frames is None else n_samples_for(n_frames, tagger.hparams.sample_rate)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        update_batch_norm(tagger.mods, clip_loader(clips, tagger.hparams.sample_rate, n_samples, batches, hparams["num_workers"]))
+    write_tagger(folder, _definitions_of(sources[0], labels), modules, vocabulary)
+
+
+def export_ensemble(folder, sources, vocabulary, labels=None):
+    """Writes an ensemble as the folder of one tagger, which `AudioTagger` and SpeechBrain's `EncoderClassifier` load.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to write; made if there is none.
+    sources : sequence of Path
+        The members; one that is there twice counts twice.
+    vocabulary : Vocabulary
+        The classes.
+    labels : str or Path, optional
+        The class list of members that are checkpoints of the published code.
+
+    Raises
+    ------
+    InputError
+        A member cannot be loaded, or front ends differ.
+
+    Example
+    -------
+    >>> from psla_sb.interop import save_psla_checkpoint
+    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> folder, vocabulary = getfixture("tmp_path"), Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"])
+    >>> vocabulary.to_csv(folder / "labels.csv")
+    >>> checkpoints = [folder / "1.pth", folder / "2.pth"]
+    >>> for path in checkpoints:
+    ...     save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 2))
+    >>> export_ensemble(folder / "tagger", checkpoints, vocabulary, folder / "labels.csv")
+    >>> len(AudioTagger.from_folder(folder / "tagger").mods.classifier.members)
+    2
+    """
+    counts = Counter(sources)
+    taggers = [AudioTagger.from_any(source, labels, run_opts={"device": "cpu"}) for source in counts]
+    if len({front_end(tagger) for tagger in taggers}) > 1:
+        raise InputError("members have different front ends, so their ensemble cannot be one tagger")
+    encoders, poolings = ([tagger.mods[name] for tagger in taggers] for name in ("embedding_model", "classifier"))
+    weights = list(counts.values())
+    parts = [
+        plain_definitions(_definitions_of(source, labels), tagger.mods.embedding_model)
+        for source, tagger in zip(counts, taggers, strict=True)
+    ]
+    definitions = parts[0] | ruamel.yaml.YAML().load(
+        "embedding_model: !new:psla_sb.lobes.ensemble.EnsembleEncoder {}\n"
+        "classifier: !new:psla_sb.lobes.ensemble.EnsemblePooling {}"
+    )
+    for name in ("embedding_model", "classifier"):
+        definitions[name]["members"] = [part[name] for part in parts]
+    definitions["classifier"]["weights"] = weights
+    modules = {"embedding_model": EnsembleEncoder(encoders), "classifier": EnsemblePooling(poolings, weights)}
+    write_tagger(folder, definitions, modules, vocabulary)
