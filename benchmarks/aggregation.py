@@ -1,9 +1,10 @@
 """What one pass over the sound files gains: many members scored together against the same members scored one after another.
 
 Synthetic clips are written first, as FLAC at 44.1 kHz, so that they have to be decoded and resampled as real ones. The members have
-random weights, which cost what trained ones do. Run it on an otherwise idle machine; on a busy one, look at the CPU seconds, which are
-those of this process without its workers. On a CPU, glibc gives the memory of every batch back to the system and fetches it again,
-now and then, for up to a third of the time: MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 make it keep it.
+random weights, which cost what trained ones do. Run it on an otherwise idle machine; on a busy one, look at the CPU seconds, which
+are those of this process without its workers. On a CPU, glibc now and then gives the memory of every batch back to the system and
+fetches it again, which takes up to a third of the time and hides the gain: MALLOC_TRIM_THRESHOLD_=4000000000
+MALLOC_MMAP_THRESHOLD_=4000000000 in the environment keep it.
 
     python benchmarks/aggregation.py --variant b0 --clips 64
     python benchmarks/aggregation.py --variant b2 --clips 2000 --device cuda --workers 16 --batch-size 100

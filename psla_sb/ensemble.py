@@ -36,7 +36,17 @@ from psla_sb.metrics import summarize
 logger = get_logger(__name__)
 
 REQUIRED_KEYS = (
-    *("runs", "members", "output_folder", "annotation", "class_list", "data_folder", "select", "selection_annotation"),
+    *(
+        "runs",
+        "members",
+        "first_epoch",
+        "output_folder",
+        "annotation",
+        "class_list",
+        "data_folder",
+        "select",
+        "selection_annotation",
+    ),
     *("batch_norm_annotation", "export", "batch_size", "num_workers"),
 )
 MEMBERS = ("checkpoints", "last", "average", "best")
@@ -93,7 +103,7 @@ def aggregate(hparams_file, run_opts, overrides):
     """
     run_opts = experiment.start_processes(run_opts)
     hparams = experiment.load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
-    sources = find_members(hparams["runs"], hparams["members"])
+    sources = find_members(hparams["runs"], hparams["members"], hparams["first_epoch"])
     vocabulary, manifest, selection, labels = _open_annotations(hparams)
     folder = Path(hparams["output_folder"])
     if (folder / "results.json").exists():
@@ -165,7 +175,7 @@ def aggregate(hparams_file, run_opts, overrides):
     return report
 
 
-def find_members(runs, which):
+def find_members(runs, which, first_epoch=1):
     """The models to aggregate.
 
     Arguments
@@ -175,6 +185,8 @@ def find_members(runs, which):
         member each.
     which : str
         Of a run: "checkpoints" (every epoch's snapshot), "last", "best" (on the validation set) or "average" (of the last epochs).
+    first_epoch : int
+        The first of a run's checkpoints.
 
     Returns
     -------
@@ -194,8 +206,8 @@ def find_members(runs, which):
     ...     with atomic_write(snapshot_path(run, epoch)) as temporary:
     ...         _ = temporary.write_bytes(b"")
     >>> write_results(run, {"epochs": [{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}]})
-    >>> list(find_members(str(run), "checkpoints")), list(find_members([run], "best"))
-    (['psla-1-epoch_01', 'psla-1-epoch_02'], ['psla-1-epoch_01'])
+    >>> list(find_members(str(run), "checkpoints")), list(find_members([run], "checkpoints", first_epoch=2))
+    (['psla-1-epoch_01', 'psla-1-epoch_02'], ['psla-1-epoch_02'])
     """
     runs = runs if isinstance(runs, list) else [runs]
     if not runs or runs == [None]:
@@ -216,7 +228,7 @@ def find_members(runs, which):
         if not epochs:
             raise InputError(f"{run}: not the output folder of a run that has trained an epoch, and not the folder of a tagger")
         numbers = {
-            "checkpoints": [epoch["epoch"] for epoch in epochs],
+            "checkpoints": [epoch["epoch"] for epoch in epochs if epoch["epoch"] >= first_epoch],
             "last": [epochs[-1]["epoch"]],
             "best": [max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]],
         }
@@ -224,6 +236,8 @@ def find_members(runs, which):
             sources.append(run / "snapshots" / "average.safetensors")
         else:
             sources += [snapshot_path(run, number) for number in numbers[which]]
+    if not sources:
+        raise InputError(f"no run has an epoch {first_epoch}, which is first_epoch")
     for source in sources:
         if not source.exists():
             raise InputError(f"{source}: no such file of weights")

@@ -205,6 +205,7 @@ def test_batch_norm_statistics_can_be_estimated_anew(lively_runs, tmp_path):
         ({"runs": ["{tmp}"]}, "{tmp}: not the output folder of a run that has trained an epoch"),
         ({"runs": ["{a}", "{a}"]}, "epoch_01.safetensors is a member twice"),
         ({"members": "all"}, "members must be one of checkpoints, last, average, best, not 'all'"),
+        ({"first_epoch": "3"}, "no run has an epoch 3"),
         ({"select": "best"}, "select must be null or greedy, not 'best'"),
         ({"select": "greedy"}, "20 of its clips are also in"),
         ({"select": "greedy", "selection_annotation": "{a}/eval.csv"}, "20 of its clips are also in"),
