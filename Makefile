@@ -8,7 +8,7 @@ BIN := .venv/bin
 
 demo: .venv/installed
 	$(BIN)/python recipes/AudioSet/train.py hparams/mini.yaml
-	$(BIN)/python recipes/AudioSet/tag_example.py results/mini/1
+	$(BIN)/psla-tag --model results/mini/1/tagger --top-k 3 $$(ls results/mini/data/audio/eval/*.flac | head -n 3)
 
 test: lint
 	$(BIN)/python -m pytest --cov=psla_sb
