@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/psla-tag --model results/mini/1/tagger --top-k 3 $$(ls results/mini/data/audio/eval/*.flac | head -n 3)
 
 test: lint
-	$(BIN)/python -m pytest --cov=psla_sb
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=psla_sb -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -32,7 +32,7 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime"],
-        "test": ["pytest", "pytest-cov", "hypothesis", "ruff", "onnx", "onnxruntime"],
+        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxruntime"],
     },
     entry_points={
         "console_scripts": ["psla-tag = psla_sb.cli:tag", "psla-export = psla_sb.cli:export", "psla-import = psla_sb.interop:main"]
