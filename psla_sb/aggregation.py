@@ -282,7 +282,7 @@ def open_scores(path, manifest, vocabulary):
 
 def _score_together(taggers, manifest, folder, settings, num_workers):
     """One pass over the clips, from where an earlier one with the same settings was interrupted."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_clips, batch_size = len(manifest), settings["batch_size"]
     hparams = [tagger.hparams for tagger in taggers.values()]
     n_classes, sample_rate = len(hparams[0].mids), hparams[0].sample_rate
@@ -291,6 +291,9 @@ def _score_together(taggers, manifest, folder, settings, num_workers):
     lengths = [getattr(tagger.mods.compute_features, "n_frames", None) for tagger in taggers.values()]
     n_samples = None if None in lengths else n_samples_for(max(lengths), sample_rate)
     batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)][rank::world_size]
+    if int(os.environ.get("GROUP_RANK", 0)) > 0:
+        # machines that map one file over a network lose each other's rows: the first one scores, the others wait
+        rank, batches = int(os.environ["RANK"]), []
 
     settings = {**settings, "ranks": world_size}
     paths = {name: folder / f"{UNFINISHED}{name}.npy" for name in taggers}

@@ -26,7 +26,7 @@ FIGURES = ("mAP", "mAUC", "d_prime")
 EPSILON = 1e-7
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A run has saved its state and stopped, because it was asked to.
 
     Example
@@ -160,14 +160,19 @@ class TaggingBrain(sb.Brain):
     def optimizers_step(self):
         """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
         gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
-        if self.scaler.is_enabled() or torch.isfinite(get_total_norm(gradients)):
-            return super().optimizers_step()
-        logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
-        self.zero_grad(set_to_none=True)
+        finite = torch.isfinite(get_total_norm(gradients))
+        if finite or self.scaler.is_enabled():
+            # with a scaler (fp16) SpeechBrain leaves the step out itself
+            super().optimizers_step()
+        else:
+            logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
+            self.zero_grad(set_to_none=True)
+            self.optimizer_step += 1
+        if finite:
+            return
         buffers = self.running_statistics()
         for buffer, before in zip(buffers, self.statistics.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(before.view_as(buffer))
-        self.optimizer_step += 1
 
     def evaluate_batch(self, batch, stage):
         """As SpeechBrain's, after reporting a broken sound file."""

@@ -47,13 +47,15 @@ class AtomicCheckpointer(Checkpointer):
     ['CKPT.yaml', 'model.ckpt']
     """
 
-    def __init__(self, checkpoints_dir, *args, **kwargs):
-        super().__init__(checkpoints_dir, *args, **kwargs)
+    def recover_if_possible(self, *args, **kwargs):
+        """As SpeechBrain's, after removing what a killed run has left unfinished."""
         if if_main_process():
-            for folder in Path(checkpoints_dir).iterdir():
+            for folder in Path(self.checkpoints_dir).iterdir():
                 unmarked = folder.name.startswith(CKPT_PREFIX) and not (folder / METAFNAME).exists()
                 if folder.is_dir() and (folder.name.startswith(UNFINISHED) or unmarked):
                     shutil.rmtree(folder)
+        ddp_barrier()
+        return super().recover_if_possible(*args, **kwargs)
 
     def _new_checkpoint_dirpath(self):
         path = super()._new_checkpoint_dirpath()

@@ -217,6 +217,10 @@ def run(hparams_file, run_opts, overrides):
     valid_set, _ = tagging_dataset("valid", hparams, vocabulary)
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
+    # opened before the training: what is wrong with it should not show days later
+    name, dataset = "valid", valid_set
+    if hparams["test_annotation"]:
+        name, dataset = "test", tagging_dataset("test", hparams, vocabulary)[0]
     brain.fit(
         hparams["epoch_counter"],
         train_set,
@@ -227,9 +231,6 @@ def run(hparams_file, run_opts, overrides):
     # what is scored is on disk at once: there is nothing more to save
     for signum in STOP_SIGNALS:
         signal.signal(signum, stop)
-    name, dataset = "valid", valid_set
-    if hparams["test_annotation"]:
-        name, dataset = "test", tagging_dataset("test", hparams, vocabulary)[0]
     results = evaluate(brain, dataset, name, vocabulary, valid_loader)
     if if_main_process():
         export_tagger(Path(folder) / "tagger", Path(folder) / "hyperparams.yaml", brain.hparams.modules, vocabulary)
@@ -268,7 +269,7 @@ def start_processes(run_opts):
     True
     """
     defaults = {}
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or str(run_opts.device).startswith("cpu"):
         defaults["distributed_backend"] = "gloo"
     if not sys.stderr.isatty():
         defaults["noprogressbar"] = True
@@ -352,13 +353,14 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
             raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near[0]}'?" if near else ""))
     for key, value in keys.items():
         if getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER" and key not in overrides:
-            raise InputError(
-                f"{file} needs --{key}=...: the folder with the data set (the recipe's README.md says what has to be in it). "
-                "Without any data, run hparams/mini.yaml: it makes its own."
+            what = (
+                "the folder with the data set, see the recipe's README.md" if key == "data_folder" else "see the key in that file"
             )
+            raise InputError(f"{file} needs --{key}=... ({what}). Without any data, run hparams/mini.yaml: it makes its own.")
     missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
+    check_paths(file, {key: overrides[key] for key in paths if key in overrides})
     try:
         with open(file, encoding="utf-8") as stream:
             hparams = load_hyperpyyaml(stream, overrides)
@@ -367,10 +369,28 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
         reason = ": ".join(map(str, error.args)) or error
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
-    for key in paths:
-        if not isinstance(hparams[key], str):
-            raise InputError(f"{file}: the key '{key}' must be a path, not {hparams[key]!r} (a number needs quotes: '\"2024\"')")
+    check_paths(file, {key: hparams[key] for key in paths})
     return hparams
+
+
+def check_paths(file, values):
+    """Refuses values of path keys that are no text.
+
+    Raises
+    ------
+    InputError
+        One is not.
+
+    Example
+    -------
+    >>> check_paths("mini.yaml", {"output_folder": 2024})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: mini.yaml: the key 'output_folder' must be a path, not 2024 (a number needs quotes: '"2024"')
+    """
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise InputError(f"{file}: the key '{key}' must be a path, not {value!r} (a number needs quotes: '\"2024\"')")
 
 
 def tagging_dataset(name, hparams, vocabulary):
@@ -407,10 +427,18 @@ def train_batches(hparams, labels):
     )
     if balanced:
         check_weight_file(hparams["train_annotation"], weights)
+    try:
+        return _batches(weights, hparams)
+    except ValueError as error:
+        raise InputError(f"{error} (batch_size, mixup_rate, draws_per_epoch, replacement, number of processes)") from None
+
+
+def _batches(weights, hparams):
+    balanced = hparams["balanced_sampling"]
     sampler = BalancedSampler(weights, hparams["draws_per_epoch"], balanced and hparams["replacement"], hparams["seed"])
     return MixupBatchSampler(
         sampler,
-        len(labels),
+        len(weights),
         hparams["batch_size"],
         hparams["mixup_rate"],
         hparams["seed"],

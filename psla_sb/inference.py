@@ -23,13 +23,20 @@ from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.timeline import Timeline, batches, events, overlapped, windows
 
 # What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
-KNOWN_PARTS = (
+# Whole names: what begins with a known module's name can go on to anything that the module has imported.
+KNOWN_PARTS = {
     "!ref",
-    "!new:psla_sb.lobes.",
+    "!new:psla_sb.lobes.features.KaldiFbank",
+    "!new:psla_sb.lobes.features.GlobalNorm",
+    "!new:psla_sb.lobes.efficientnet.EfficientNetEncoder",
+    "!new:psla_sb.lobes.pooling.AttentionPooling",
+    "!new:psla_sb.lobes.pooling.MeanPooling",
+    "!new:psla_sb.lobes.ensemble.EnsembleEncoder",
+    "!new:psla_sb.lobes.ensemble.EnsemblePooling",
     "!name:psla_sb.checkpoints.load_module",
     "!new:speechbrain.dataio.encoder.CategoricalEncoder",
     "!new:speechbrain.utils.parameter_transfer.Pretrainer",
-)
+}
 
 
 class Tag(NamedTuple):
@@ -139,7 +146,7 @@ class AudioTagger(SoundEncoder):
         except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: not a YAML file: {error}") from None
         for tag in sorted(tags):
-            if not tag.startswith(KNOWN_PARTS):
+            if tag not in KNOWN_PARTS:
                 raise InputError(
                     f"{file} constructs '{tag}', which is not a part of psla_sb; AudioTagger.from_hparams would run it"
                 )
@@ -382,7 +389,9 @@ class AudioTagger(SoundEncoder):
         paths = [str(path) for path in paths]
         if not paths:
             return
-        manifest = Manifest.from_columns([str(row) for row in range(len(paths))], paths, [0.0] * len(paths), [""] * len(paths))
+        # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
+        names = [path.encode("utf-8", "replace").decode() for path in paths]
+        manifest = Manifest.from_columns([str(row) for row in range(len(paths))], names, [0.0] * len(paths), [""] * len(paths))
         if self.n_samples is None:
             # a longer clip in the batch would lengthen what the classifier sees of this one
             batch_size = 1

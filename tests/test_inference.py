@@ -39,6 +39,14 @@ def test_a_folder_that_constructs_other_things_is_refused_and_not_run(tagger_fol
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["torch.ctypes.CDLL", "torch.nn.Identity", "Path", "KaldiFbankX"])
+def test_what_a_known_part_has_imported_is_not_a_known_part(name, tagger_folder):
+    file = tagger_folder / "hyperparams.yaml"
+    file.write_text(file.read_text() + f"evil: !new:psla_sb.lobes.efficientnet.{name} []\n")
+    with pytest.raises(InputError, match="not a part of psla_sb"):
+        AudioTagger.from_folder(tagger_folder)
+
+
 def test_run_snapshot_and_folder_are_the_same_tagger(tiny_run, mini_data):
     folder = tiny_run[0]
     clip = Manifest.from_csv(folder / "eval.csv", data_root=mini_data)[3]["wav"]
