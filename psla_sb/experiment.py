@@ -360,7 +360,8 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
     missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
-    check_paths(file, {key: overrides[key] for key in paths if key in overrides})
+    # before anything is built: building makes folders
+    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
     try:
         with open(file, encoding="utf-8") as stream:
             hparams = load_hyperpyyaml(stream, overrides)

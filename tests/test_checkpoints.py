@@ -64,7 +64,7 @@ def test_what_is_left_of_a_deleted_checkpoint_is_removed(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "aa.ckpt").touch()
     (tmp_path / "CKPT.txt").touch()
-    checkpointer_of(tmp_path, Recoverable(1))
+    checkpointer_of(tmp_path, Recoverable(1)).recover_if_possible()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["CKPT.txt", "mine"]
 
 
