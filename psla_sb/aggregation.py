@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from psla_sb.brain import check_audio
 from psla_sb.checkpoints import UNFINISHED, atomic_write, flush, load_weights
+from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.errors import InputError
 from psla_sb.export import definitions_text, read_definitions
@@ -150,7 +150,19 @@ def update_batch_norm(modules, loader):
     update_bn(features(), _TrainingNorms(encoder).eval())
 
 
-def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, run_opts=None, at_a_time=None, labels=None):
+def score(
+    members,
+    manifest,
+    vocabulary,
+    folder,
+    batch_size=32,
+    num_workers=0,
+    run_opts=None,
+    at_a_time=None,
+    labels=None,
+    crop="first",
+    check=None,
+):
     """The scores of many models on the same clips, in one pass over the sound files.
 
     A clip is decoded once; features are computed once for each distinct front end, and every member scores the batch while it is
@@ -176,6 +188,10 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
         Members that are on the device together; by default as many as fit into half of a GPU's free memory, or all on a CPU.
     labels : str or Path, optional
         The class list of members that are checkpoints of the published code.
+    crop : str
+        What members hear of a clip that is longer than they were trained on: its "first" samples or its "centre".
+    check : callable, optional
+        What is done with each batch of clips before it is scored; by default one that cannot be read is an error.
 
     Returns
     -------
@@ -188,7 +204,7 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
         A member cannot be loaded, or has other classes; or a sound file cannot be read.
     """
     folder, run_opts = Path(folder), run_opts or {"device": "cpu"}
-    of_clips = {**stamp(manifest, vocabulary), "precision": run_opts.get("precision", "fp32")}
+    of_clips = {**stamp(manifest, vocabulary), "precision": run_opts.get("precision", "fp32"), "crop": crop}
     made_from = {name: {"weights": _digest(source), **of_clips} for name, source in members.items()}
     files = {name: folder / f"{name}.npy" for name in members}
     waiting = [name for name, file in files.items() if not file.exists() or _read(file.with_suffix(".json")) != made_from[name]]
@@ -200,8 +216,8 @@ def score(members, manifest, vocabulary, folder, batch_size=32, num_workers=0, r
             if list(tagger.hparams.mids) != vocabulary.mids:
                 raise InputError(f"{members[waiting[0]]} has other classes than the class list, or in another order")
             taggers[waiting.pop(0)] = tagger
-        settings = {"members": {name: made_from[name] for name in taggers}, "batch_size": batch_size}
-        _score_together(taggers, manifest, folder, settings, num_workers)
+        settings = {"members": {name: made_from[name] for name in taggers}, "batch_size": batch_size, "crop": crop}
+        _score_together(taggers, manifest, folder, settings, num_workers, check)
         if if_main_process():
             for name in taggers:
                 os.replace(folder / f"{UNFINISHED}{name}.npy", files[name])
@@ -280,7 +296,7 @@ def open_scores(path, manifest, vocabulary):
     return scores
 
 
-def _score_together(taggers, manifest, folder, settings, num_workers):
+def _score_together(taggers, manifest, folder, settings, num_workers, check):
     """One pass over the clips, from where an earlier one with the same settings was interrupted."""
     rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_clips, batch_size = len(manifest), settings["batch_size"]
@@ -313,11 +329,11 @@ def _score_together(taggers, manifest, folder, settings, num_workers):
     front_ends = defaultdict(list)
     for tagger in taggers.values():
         front_ends[front_end(tagger)].append(tagger)
-    loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers)
+    loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers, settings["crop"])
     total, first = sum(map(len, batches)), sum(map(len, batches[:done]))
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
-            check_audio(batch)
+            (check or check_audio)(batch)
             wavs, wav_lens = (x.to(next(iter(taggers.values())).device) for x in batch.sig)
             scores = {}
             for same in front_ends.values():

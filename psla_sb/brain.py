@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
-from psla_sb.dataio.audio import AudioError
+from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.errors import InputError
 from psla_sb.metrics import TaggingStats, summarize
 
@@ -68,6 +68,7 @@ class TaggingBrain(sb.Brain):
     """
 
     stop_requested = False
+    audio_checks = {}  # noqa: RUF012 - replaced, never changed
 
     def scores(self, wavs, wav_lens):
         """Probabilities without augmentation.
@@ -122,8 +123,8 @@ class TaggingBrain(sb.Brain):
             return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
 
     def on_fit_batch_start(self, batch, should_step):
-        """Reports a broken sound file, reseeds, and sets the learning rate of this step."""
-        check_audio(batch)
+        """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
+        self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
         self.batch_ids = batch.id
         rank = int(os.environ.get("RANK", 0))
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
@@ -175,12 +176,15 @@ class TaggingBrain(sb.Brain):
             buffer.copy_(before.view_as(buffer))
 
     def evaluate_batch(self, batch, stage):
-        """As SpeechBrain's, after reporting a broken sound file."""
-        check_audio(batch)
+        """As SpeechBrain's, after a look for broken sound files."""
+        self.audio_checks.get(stage, check_audio)(batch)
         return super().evaluate_batch(batch, stage)
 
     def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
         """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
+        policy, folder = getattr(self.hparams, "on_bad_audio", "error"), getattr(self.hparams, "output_folder", ".")
+        check = audio_check(policy, folder, stage.name.lower(), len(dataset))
+        self.audio_checks = {**self.audio_checks, stage: check}
         if stage != sb.Stage.TRAIN:
             rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
             size = loader_kwargs.pop("batch_size")
@@ -311,27 +315,6 @@ class TaggingBrain(sb.Brain):
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Evaluates the weights that are in the modules, where SpeechBrain would load its best checkpoint."""
-
-
-def check_audio(batch):
-    """Raises what went wrong while the sound files of a batch were read.
-
-    Raises
-    ------
-    AudioError
-        The message names the first such file.
-
-    Example
-    -------
-    >>> from types import SimpleNamespace
-    >>> check_audio(SimpleNamespace(error=[None, "a.wav: has no samples"]))
-    Traceback (most recent call last):
-    ...
-    psla_sb.dataio.audio.AudioError: a.wav: has no samples
-    """
-    for error in batch.error:
-        if error is not None:
-            raise AudioError(error)
 
 
 def trained_modules(modules):

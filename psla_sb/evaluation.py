@@ -8,6 +8,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from psla_sb.aggregation import average_weights, score
 from psla_sb.brain import FIGURES, prediction_path, read_results, trained_modules, write_results
 from psla_sb.checkpoints import atomic_write, load_into, save_weights, snapshot_path
+from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
@@ -90,7 +91,17 @@ def evaluate(brain, dataset, name, vocabulary, loader_kwargs):
         members |= {f"test_epoch_{number:02d}": snapshot_path(folder, number) for number in numbers}
     run_opts = {"device": str(brain.device), "precision": brain.eval_precision}
     predictions = prediction_path(folder, name).parent
-    scores = score(members, manifest, vocabulary, predictions, loader_kwargs["batch_size"], loader_kwargs["num_workers"], run_opts)
+    scores = score(
+        members,
+        manifest,
+        vocabulary,
+        predictions,
+        loader_kwargs["batch_size"],
+        loader_kwargs["num_workers"],
+        run_opts,
+        crop=getattr(hparams, "eval_crop", "first"),
+        check=audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest)),
+    )
     total = np.zeros(targets.shape)
     each = {number: {figure: epoch[figure] for figure in FIGURES} for number, epoch in zip(numbers, epochs, strict=True)}
     for number in numbers:

@@ -23,7 +23,7 @@ from speechbrain.utils.run_opts import RunOptions
 from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import TaggingDataset, end_workers, ignore_signals
+from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, ignore_signals
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
@@ -217,6 +217,9 @@ def run(hparams_file, run_opts, overrides):
     valid_set, _ = tagging_dataset("valid", hparams, vocabulary)
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
+    batches = train_batches(hparams, train_labels)
+    if hparams.get("on_bad_audio") == "skip":
+        train_set.redraw = batches.redraw
     # opened before the training: what is wrong with it should not show days later
     name, dataset = "valid", valid_set
     if hparams["test_annotation"]:
@@ -225,7 +228,7 @@ def run(hparams_file, run_opts, overrides):
         hparams["epoch_counter"],
         train_set,
         valid_set,
-        train_loader_kwargs={**loader, "batch_sampler": train_batches(hparams, train_labels)},
+        train_loader_kwargs={**loader, "batch_sampler": batches},
         valid_loader_kwargs=valid_loader,
     )
     # what is scored is on disk at once: there is nothing more to save
@@ -417,7 +420,11 @@ def tagging_dataset(name, hparams, vocabulary):
     teacher = None
     if name == "train" and hparams.get("teacher_scores") is not None:
         teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
-    return TaggingDataset(manifest, labels, len(vocabulary), sample_rate, n_samples, teacher), labels
+    crop = hparams.get("train_crop" if name == "train" else "eval_crop", "first")
+    allowed = [key for key in CROPS if name == "train" or key != "random"]
+    if crop not in allowed:
+        raise InputError(f"{'train' if name == 'train' else 'eval'}_crop must be one of {', '.join(allowed)}, not {crop!r}")
+    return TaggingDataset(manifest, labels, len(vocabulary), sample_rate, n_samples, teacher, crop, hparams["seed"]), labels
 
 
 def train_batches(hparams, labels):

@@ -192,8 +192,20 @@ def resampled(blocks, resample):
         yield rest
 
 
-def read_clip(path, sample_rate=16000, n_samples=None):
-    """A clip for the model: `read_audio`, less the whole clip's mean, then no more than the first `n_samples`.
+def read_clip(path, sample_rate=16000, n_samples=None, place=0.0):
+    """A clip for the model: `read_audio`, less the whole clip's mean, then cut to `n_samples` if it is longer.
+
+    Arguments
+    ---------
+    path : str or Path
+        See `read_audio`.
+    sample_rate : int
+        Of the result, in Hz.
+    n_samples : int, optional
+        The most that is kept.
+    place : float
+        Where a longer clip is cut, in [0, 1): 0 keeps its first samples, 0.5 the middle; a uniform random number makes all crops
+        equally likely.
 
     Returns
     -------
@@ -211,6 +223,12 @@ def read_clip(path, sample_rate=16000, n_samples=None):
     >>> audio_io.save(path, torch.tensor([[0.5] * 100 + [0.0] * 300]), 16000)
     >>> read_clip(path, n_samples=200)[[0, 150]]
     tensor([ 0.3750, -0.1250])
+    >>> read_clip(path, n_samples=200, place=0.5)[0]
+    tensor(-0.1250)
     """
     wave = read_audio(path, sample_rate)
-    return (wave - wave.mean())[:n_samples]
+    wave = wave - wave.mean()
+    if n_samples is None or len(wave) <= n_samples:
+        return wave
+    start = int(place * (len(wave) - n_samples + 1))
+    return wave[start : start + n_samples]

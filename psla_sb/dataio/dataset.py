@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, read_clip
-from psla_sb.dataio.sampler import Draw
+from psla_sb.dataio.sampler import CROP, Draw, draw_rng
 from psla_sb.labels.label_sets import LabelSets
 
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "sig", "target", "partner", "error"]
+CROPS = {"first": 0.0, "centre": 0.5, "random": None}
+MAX_REDRAWS = 10
 
 
 class TaggingDataset(DynamicItemDataset):
@@ -29,6 +31,8 @@ class TaggingDataset(DynamicItemDataset):
     `[samples]`, `target` `[classes]`, `partner` (whether the clip is in the batch to be mixed into another) and `error`: what is
     wrong with the sound file, or None. The process that trains raises it, because an exception that crosses from a worker process
     arrives as a traceback.
+
+    With `redraw`, an item that cannot be read is replaced by another draw, and `skipped` lists (ID, error) of what was replaced.
 
     Arguments
     ---------
@@ -41,9 +45,20 @@ class TaggingDataset(DynamicItemDataset):
     sample_rate : int
         Of the waveforms, in Hz.
     n_samples : int, optional
-        Samples beyond this many are left out.
+        The most samples that are kept of a clip.
     teacher : np.ndarray, optional
         `[clips, classes]`, scores of other models, memory-mapped; an item then has its row of them as `teacher`.
+    crop : str
+        Which samples are kept of a longer clip: the "first", the "centre", or a "random" crop.
+    seed : int
+        Of random crops, with the epoch and the position of a draw.
+    redraw : callable, optional
+        Takes a Draw and the number of the attempt, from 1, and returns the Draw to replace it; such as `MixupBatchSampler.redraw`.
+
+    Raises
+    ------
+    ValueError
+        There is no such crop.
 
     Example
     -------
@@ -55,15 +70,29 @@ class TaggingDataset(DynamicItemDataset):
     (tensor([0., 1., 0.]), 'nowhere.wav: no such file')
     """
 
-    def __init__(self, manifest, label_sets, n_classes, sample_rate=16000, n_samples=None, teacher=None):
+    def __init__(
+        self,
+        manifest,
+        label_sets,
+        n_classes,
+        sample_rate=16000,
+        n_samples=None,
+        teacher=None,
+        crop="first",
+        seed=0,
+        redraw=None,
+    ):
+        if crop not in CROPS:
+            raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         # SpeechBrain's own __init__ makes a dictionary of all rows
-        self.data, self.data_ids = manifest, range(len(manifest))
+        self.data, self.data_ids, self.redraw = manifest, range(len(manifest)), redraw
 
-        @takes("wav")
+        @takes("wav", "epoch", "position")
         @provides("sig", "error")
-        def audio_pipeline(wav):
+        def audio_pipeline(wav, epoch, position):
+            place = draw_rng(seed, epoch, position, CROP).random() if crop == "random" else CROPS[crop]
             try:
-                yield read_clip(wav, sample_rate, n_samples)
+                yield read_clip(wav, sample_rate, n_samples, place)
                 yield None
             except AudioError as error:
                 yield torch.zeros(1)
@@ -86,10 +115,20 @@ class TaggingDataset(DynamicItemDataset):
 
     def __getitem__(self, key):
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
+        item = self._item(draw)
+        if self.redraw is None:
+            return item
+        skipped = []
+        while item["error"] is not None and len(skipped) < MAX_REDRAWS:
+            skipped.append((item["id"], item["error"]))
+            item = self._item(self.redraw(draw, len(skipped)))
+        return {**item, "skipped": skipped}
+
+    def _item(self, draw):
         return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
 
 
-def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0):
+def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="first"):
     """A loader of clips without their labels.
 
     Arguments
@@ -99,11 +138,13 @@ def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0):
     sample_rate : int
         In Hz.
     n_samples : int or None
-        Samples beyond this many are left out.
+        The most samples that are kept of a clip.
     batches : sequence of sequences of int
         The rows that make up each batch.
     num_workers : int
         Processes that decode.
+    crop : str
+        Which samples are kept: "first" or "centre".
 
     Returns
     -------
@@ -119,7 +160,7 @@ def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0):
     """
     unlabelled = LabelSets(np.zeros(len(manifest) + 1, np.int64), np.zeros(0, np.int32))
     return DataLoader(
-        TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples),
+        TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples, crop=crop),
         batch_sampler=batches,
         collate_fn=PaddedBatch,
         num_workers=num_workers,

@@ -12,6 +12,8 @@ from psla_sb.labels.label_sets import LabelSets
 
 # Draws that are turned into Python integers at a time.
 CHUNK = 65536
+# Purposes of `draw_rng`.
+CROP, REDRAW = 1, 2
 
 
 def class_balanced_weights(label_sets, n_classes, offset=0.01):
@@ -121,13 +123,10 @@ class BalancedSampler(ReproducibleWeightedRandomSampler):
         rng = np.random.default_rng([self.seed, self.epoch])
         weights = self.weights.numpy()
         if self.replacement:
-            edges = np.cumsum(weights)
             # Sorted numbers are looked up many times faster; the shuffle makes the draws independent again.
             points = rng.random(self.num_samples)
             points.sort()
-            # With denormal weights the product can round up to the last edge, beyond every clip.
-            points = np.minimum(points * edges[-1], np.nextafter(edges[-1], 0))
-            drawn = edges.searchsorted(points, side="right")
+            drawn = self._at(points)
         else:
             # The smallest of exponential variables with rates w are a weighted draw without replacement (Efraimidis and
             # Spirakis, 2006), heaviest clips first: hence the shuffle here too.
@@ -137,6 +136,31 @@ class BalancedSampler(ReproducibleWeightedRandomSampler):
             drawn = positive[np.argpartition(times, self.num_samples - 1)[: self.num_samples]]
         rng.shuffle(drawn)
         return drawn
+
+    def _at(self, points):
+        """The clips whose shares of the cumulative weight hold some points of [0, 1)."""
+        edges = np.cumsum(self.weights.numpy())
+        # With denormal weights the product can round up to the last edge, beyond every clip.
+        return edges.searchsorted(np.minimum(points * edges[-1], np.nextafter(edges[-1], 0)), side="right")
+
+    def redraw(self, rng):
+        """One clip more, by weight, from other random numbers than the epoch's draws.
+
+        Arguments
+        ---------
+        rng : np.random.Generator
+            Where its random number comes from.
+
+        Returns
+        -------
+        int
+
+        Example
+        -------
+        >>> BalancedSampler([0, 1.0, 0]).redraw(np.random.default_rng(7))
+        1
+        """
+        return int(self._at(rng.random()))
 
     def __iter__(self):
         drawn = self.draw()
@@ -168,6 +192,31 @@ class Draw(NamedTuple):
     epoch: int
     position: int
     partner: bool
+
+
+def draw_rng(seed, epoch, position, purpose, attempt=0):
+    """The random numbers of one clip of an epoch, whichever process reads it.
+
+    Arguments
+    ---------
+    seed, epoch, position : int
+        Of the run, and of the `Draw`.
+    purpose : int
+        What the numbers are for: of different purposes, they are independent.
+    attempt : int
+        How often numbers have been asked for before.
+
+    Returns
+    -------
+    np.random.Generator
+
+    Example
+    -------
+    >>> draw_rng(1, 2, 3, CROP).random() == draw_rng(1, 2, 3, REDRAW).random()
+    False
+    """
+    # the partners' spawn keys have one number
+    return np.random.default_rng(np.random.SeedSequence([seed, epoch, position], spawn_key=(purpose, attempt)))
 
 
 class MixupBatchSampler(BatchSampler):
@@ -246,6 +295,31 @@ class MixupBatchSampler(BatchSampler):
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+    def redraw(self, draw, attempt):
+        """Another clip in place of one that cannot be read, drawn as that one was: by the sampler, or uniformly for a partner.
+
+        Arguments
+        ---------
+        draw : Draw
+            The clip that cannot be read.
+        attempt : int
+            How many clips in its place this one is, from 1.
+
+        Returns
+        -------
+        Draw
+            Of the same epoch and position.
+
+        Example
+        -------
+        >>> batches = MixupBatchSampler(BalancedSampler([0, 1.0, 0]), n_clips=3, batch_size=2)
+        >>> batches.redraw(Draw(index=0, epoch=1, position=5, partner=False), attempt=1)
+        Draw(index=1, epoch=1, position=5, partner=False)
+        """
+        rng = draw_rng(self.seed, draw.epoch, draw.position, REDRAW, attempt)
+        by_weight = not draw.partner and hasattr(self.sampler, "redraw")
+        return draw._replace(index=self.sampler.redraw(rng) if by_weight else int(rng.integers(self.n_clips)))
 
     def __len__(self):
         n_clips, size = len(self.sampler), self.batch_size
