@@ -22,7 +22,7 @@ from psla_sb.aggregation import average_weights, front_end, score, stamp, update
 from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
 from psla_sb.dataio.dataset import clip_loader
-from psla_sb.dataio.manifest import ROOTS, Manifest
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.ensemble_figures import ensemble_table, figures_of, greedy_selection, write_classes
 from psla_sb.errors import InputError
 from psla_sb.export import definitions_text, plain_definitions, read_definitions, write_tagger
@@ -281,28 +281,13 @@ def _open_annotations(hparams):
     if (hparams["selection_annotation"] or settings.get("valid_annotation")) is None:
         raise InputError("select=greedy needs --selection_annotation=..., clips on which nothing is reported")
     selection = Manifest.from_file(hparams["selection_annotation"] or settings["valid_annotation"], data_folder)
-    common = pc.sum(pc.is_in(paths_of(selection), value_set=pa.array(paths_of(manifest)))).as_py()
+    common = pc.sum(pc.is_in(selection.paths(), value_set=pa.array(manifest.paths()))).as_py()
     if common:
         raise InputError(
             f"{selection.source}: {common} of its clips are also in {manifest.source}, which is reported on, and what is picked on "
             "clips looks better on them than it is. Pass another --selection_annotation, such as a validation set"
         )
     return vocabulary, manifest, selection, class_list
-
-
-def paths_of(manifest):
-    """The paths of the clips, SpeechBrain's placeholders filled in.
-
-    Example
-    -------
-    >>> manifest = Manifest.from_columns(["a"], ["{data_root}/a.wav"], [1.0], [""], data_root="/data")
-    >>> paths_of(manifest).to_pylist()
-    ['/data/a.wav']
-    """
-    paths = manifest.table["wav"].combine_chunks()
-    for placeholder in ROOTS if manifest.data_root is not None else ():
-        paths = pc.replace_substring(paths, placeholder, str(manifest.data_root))
-    return paths
 
 
 def _definitions_of(source, labels):

@@ -110,16 +110,21 @@ def test_code_in_scores_is_not_run(trace, tmp_path):
 
 
 def test_nothing_here_can_unpickle_or_unpack():
-    """No module of the toolkit, and no recipe, uses what runs code in data, or what unpacks archives."""
+    """No module of the toolkit, and no recipe, uses what runs code in data, or what unpacks archives.
+
+    Packs are tar files: one module writes and lists them, and makes no file of a member.
+    """
     forbidden = {"pickle", "dill", "joblib", "shelve", "marshal", "zipfile", "tarfile", "unpack_archive", "eval", "exec"}
     for file in [*(REPOSITORY / "psla_sb").rglob("*.py"), *(REPOSITORY / "recipes").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                assert not names & forbidden, (file, node.lineno)
+                allowed = {"tarfile"} if file.name == "packs.py" else set()
+                assert not names & (forbidden - allowed), (file, node.lineno)
             elif isinstance(node, ast.Call):
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert ast.unparse(node.func) not in forbidden, (file, node.lineno)
+                assert not ast.unparse(node.func).endswith((".extract", ".extractall", ".extractfile")), (file, node.lineno)
                 assert "allow_pickle" not in keywords, (file, node.lineno)
                 if ast.unparse(node.func).endswith(("torch.load", "load_state_dict_from_url", "load_url")):
                     assert keywords.get("weights_only") == "True", (file, node.lineno)

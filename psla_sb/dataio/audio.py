@@ -1,5 +1,6 @@
 """Sound files as mono float waveforms at the model's sample rate, and one clear error for those that cannot be read."""
 
+import io
 import os
 from fractions import Fraction
 from functools import lru_cache
@@ -9,6 +10,7 @@ import torch
 from speechbrain.dataio import audio_io
 from torchaudio.transforms import Resample
 
+from psla_sb.dataio import packs
 from psla_sb.errors import InputError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
@@ -42,8 +44,8 @@ def read_audio(path, sample_rate=16000):
     Arguments
     ---------
     path : str or Path
-        A file that libsndfile reads: WAV, FLAC, MP3, Ogg and others. Of a WAV or MP3 file that was cut off, which libsndfile
-        cannot tell from a shorter one, it is what is there.
+        A file that libsndfile reads: WAV, FLAC, MP3, Ogg and others; or a clip in a pack (see `psla_sb.dataio.packs`). Of a WAV
+        or MP3 file that was cut off, which libsndfile cannot tell from a shorter one, it is what is there.
     sample_rate : int
         Of the result, in Hz.
 
@@ -65,9 +67,9 @@ def read_audio(path, sample_rate=16000):
     >>> read_audio(path).shape
     torch.Size([16000])
     """
-    _check_file(path)
+    source = _source(path)
     try:
-        wave, rate = audio_io.load(str(path), channels_first=False)
+        wave, rate = audio_io.load(source, channels_first=False)
     except Exception as error:
         # soundfile raises several kinds of exceptions for broken files, and SpeechBrain wraps them
         raise AudioError(_undecoded(path, error.__cause__)) from None
@@ -78,11 +80,24 @@ def read_audio(path, sample_rate=16000):
     return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
 
 
-def _check_file(path):
-    """Nothing but a regular file is opened: a pipe or a device would keep the reader for ever."""
+def _source(path):
+    """What libsndfile is to read: the file of this name, or the bytes of a clip in a pack.
+
+    Nothing but a regular file is opened: a pipe or a device would keep the reader for ever.
+    """
+    place = packs.locate(path)
+    if place is not None and os.path.isfile(place.pack):
+        try:
+            return io.BytesIO(packs.read(place))
+        except (OSError, EOFError) as error:
+            raise AudioError(f"{path}: cannot be read from its pack ({getattr(error, 'strerror', error)})") from None
     if not os.path.isfile(path):
+        parent = os.path.dirname(path)
+        if os.path.isfile(parent):
+            raise AudioError(f"{path}: no such file; if {parent} is a pack, a clip in it is called {parent}/<offset>+<size>")
         folder = "is a folder, not a sound file" if os.path.isdir(path) else "is a device or a pipe, not a sound file"
         raise AudioError(f"{path}: {folder if os.path.exists(path) else 'no such file'}")
+    return str(path)
 
 
 def _undecoded(path, error):
@@ -143,9 +158,9 @@ def read_blocks(path, sample_rate=16000, seconds=10.0):
 
 def _decoded_blocks(path, seconds):
     """The sample rate, then the pieces in mono."""
-    _check_file(path)
+    source = _source(path)
     try:
-        with soundfile.SoundFile(str(path)) as file:
+        with soundfile.SoundFile(source) as file:
             yield file.samplerate
             while len(block := file.read(max(1, round(seconds * file.samplerate)), dtype="float32", always_2d=True)):
                 yield _mono(path, torch.from_numpy(block))

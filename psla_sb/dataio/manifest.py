@@ -196,6 +196,23 @@ class Manifest:
             "labels": [label for label in labels.split(";") if label],
         }
 
+    def paths(self):
+        """The paths of the clips, with the data root in its place.
+
+        Returns
+        -------
+        pyarrow.Array
+
+        Example
+        -------
+        >>> Manifest.from_columns(["a"], ["{data_root}/a.wav"], [1.0], [""], data_root="/data").paths().to_pylist()
+        ['/data/a.wav']
+        """
+        paths = self.table["wav"].combine_chunks()
+        for placeholder in ROOTS if self.data_root is not None else ():
+            paths = pc.replace_substring(paths, placeholder, str(self.data_root))
+        return paths
+
     def digest(self):
         """SHA-256 of the IDs and paths, which tells whether scores are of these clips.
 
