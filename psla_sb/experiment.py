@@ -23,7 +23,7 @@ from speechbrain.utils.run_opts import RunOptions
 from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, ignore_signals
+from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
@@ -211,7 +211,7 @@ def run(hparams_file, run_opts, overrides):
         signal.signal(signum, brain.request_stop)
     loader = {
         "num_workers": hparams["num_workers"],
-        "worker_init_fn": ignore_signals,
+        "worker_init_fn": init_worker,
         "pin_memory": brain.device_type == "cuda",
     }
     valid_set, _ = tagging_dataset("valid", hparams, vocabulary)

@@ -8,7 +8,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
 from psla_sb.dataio.audio import read_clip
-from psla_sb.dataio.dataset import TaggingDataset, ignore_signals
+from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, Draw, MixupBatchSampler
 from psla_sb.labels.label_sets import LabelSets
@@ -48,7 +48,7 @@ def test_items(dataset, tmp_path):
 def loader_batches(dataset, num_workers, epoch=1):
     sampler = MixupBatchSampler(BalancedSampler(np.ones(len(LABELS)), replacement=False, seed=5), len(LABELS), 4, seed=5)
     sampler.set_epoch(epoch)
-    kwargs = {"num_workers": num_workers, "worker_init_fn": ignore_signals, "collate_fn": PaddedBatch}
+    kwargs = {"num_workers": num_workers, "worker_init_fn": init_worker, "collate_fn": PaddedBatch}
     return list(sampler), list(SaveableDataLoader(dataset, batch_sampler=sampler, **kwargs))
 
 

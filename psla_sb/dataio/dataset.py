@@ -164,19 +164,22 @@ def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="
         batch_sampler=batches,
         collate_fn=PaddedBatch,
         num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=init_worker,
     )
 
 
-def ignore_signals(worker_id):
+def init_worker(worker_id):
     """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means. It must call `end_workers`.
+
+    What the worker has inherited is left out of garbage collection, which writes to all objects, and so would copy their memory.
 
     Example
     -------
-    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=ignore_signals)
+    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=init_worker)
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()
 
 
 def end_workers():
@@ -186,7 +189,7 @@ def end_workers():
 
     Example
     -------
-    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=ignore_signals)
+    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=init_worker)
     >>> iterator = iter(loader)
     >>> end_workers()
     """

@@ -19,7 +19,7 @@ from psla_sb.labels.label_sets import LabelSets
 
 COLUMNS = {"ID": pa.string(), "wav": pa.string(), "duration": pa.float64(), "labels": pa.string()}
 ROOTS = ("{data_root}", "$data_root")  # as in SpeechBrain's JSON files, and as in its CSV files
-READ_BLOCK_SIZE = 1 << 26
+READ_BLOCK_SIZE = 1 << 22  # bytes
 
 
 class Manifest:
@@ -56,9 +56,11 @@ class Manifest:
             if pc.any(pc.equal(table[column], "")).as_py():
                 row = pc.index(table[column], "").as_py()
                 raise InputError(f"{source}, clip {row + 1}: the column '{column}' is empty.")
-        if pc.count_distinct(table["ID"]).as_py() < len(table):
-            counts = pc.value_counts(table["ID"])
-            repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        # a hash table of all IDs would take more memory than the annotation
+        ids = table["ID"].combine_chunks()
+        ids = ids.take(pc.sort_indices(ids))
+        if pc.any(pc.equal(ids[1:], ids[:-1])).as_py():
+            repeated = ids[1:].filter(pc.equal(ids[1:], ids[:-1])).unique()
             raise InputError(f"{source}: {len(repeated)} IDs occur more than once, the first is '{repeated[0]}'; make them unique.")
 
     @classmethod
@@ -90,14 +92,16 @@ class Manifest:
         '/data/a.wav'
         """
         try:
-            table = pyarrow.csv.read_csv(
+            # the streaming reader holds one block at a time
+            with pyarrow.csv.open_csv(
                 path,
                 read_options=pyarrow.csv.ReadOptions(block_size=READ_BLOCK_SIZE),
                 parse_options=pyarrow.csv.ParseOptions(newlines_in_values=False),
                 convert_options=pyarrow.csv.ConvertOptions(
                     column_types=COLUMNS, include_columns=list(COLUMNS), include_missing_columns=True, strings_can_be_null=False
                 ),
-            )
+            ) as reader:
+                table = reader.read_all()
         except FileNotFoundError:
             raise InputError(f"{path}: no such annotation file.") from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -266,9 +270,10 @@ class Manifest:
                 f"{self.source}, clip '{clip}': the label '{mids[int(unknown[0])]}' is not in the class list "
                 f"({len(unknown)} such labels in all). Labels are mids joined by ';'; use the class list that belongs to them."
             )
-        keys = np.unique(clips[present] * len(vocabulary) + classes[present])
-        counts = np.bincount(keys // len(vocabulary), minlength=len(self))
-        return LabelSets(np.concatenate([[0], np.cumsum(counts)]), (keys % len(vocabulary)).astype(np.int32))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(clips[present], minlength=len(self)))])
+        clips, classes = LabelSets(offsets, classes[present].astype(np.int32)).pairs(len(vocabulary))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(clips, minlength=len(self)))])
+        return LabelSets(offsets, classes.astype(np.int32))
 
     def rows_in(self, ids, source):
         """Where each clip is in something that has its own order of clips.
