@@ -5,6 +5,7 @@ A checkpoint holds the whole state of training and is SpeechBrain's business, ex
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -23,10 +24,14 @@ from speechbrain.utils.checkpoints import (
     torch_recovery,
 )
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.logger import get_logger
 
 from psla_sb.errors import InputError
 
+logger = get_logger(__name__)
+
 UNFINISHED = "tmp+"
+LOCK = ".lock"
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -223,6 +228,45 @@ def atomic_write(path):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_process(folder):
+    """Waits until no other process on this machine, or on this file system if it can tell, is in such a block for the folder.
+
+    The workers of a process that was killed belong to it until they have noticed.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Made if there is none; the file `.lock` in it stays.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written to.
+
+    Example
+    -------
+    >>> with one_process(getfixture("tmp_path")):
+    ...     pass
+    """
+    lock = Path(folder) / LOCK
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{lock.parent}: cannot be written to ({error.strerror}); choose another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process is at work in %s; waiting for it to end.", lock.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # a file system without locks: several processes at once are then the user's business
+            logger.info("%s: its file system has no locks; start no second process that writes there.", lock.parent)
+        yield
 
 
 def snapshot_path(folder, epoch):

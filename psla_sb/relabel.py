@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
-from speechbrain.utils.distributed import if_main_process
+from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from psla_sb import experiment
 from psla_sb.aggregation import new_array, score
 from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.metadata import fetch_metadata
 from psla_sb.errors import InputError
 from psla_sb.labels.enhancement import IDS, SCORES, candidate_matrix, class_thresholds, enhance, warn_of_classes_without_clips
 from psla_sb.labels.ontology import Ontology
@@ -129,7 +130,10 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
     vocabulary = experiment.prepare(hparams)
     manifest = Manifest.from_file(hparams["train_annotation"], hparams["data_folder"])
     labels = manifest.label_sets(vocabulary)
-    ontology = Ontology.from_json(options.ontology or Path(hparams["data_folder"]) / "ontology.json")
+    file = options.ontology or Path(hparams["data_folder"]) / "ontology.json"
+    if options.ontology is None:
+        run_on_main(fetch_metadata, [[file]])
+    ontology = Ontology.from_json(file)
     folder = Path(options.out or Path(hparams["output_folder"]) / "enhanced_labels")
     if options.audit:
         if if_main_process():

@@ -84,9 +84,10 @@ PEAK = 0.95
 ID_ALPHABET = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"))
 SPLITS = ("balanced_train", "eval")
 
+MIDS = {name: mid for mid, name, _ in CLASSES}
+
 _PARENTS = {name: parents for _, name, parents, *_ in (*CLASSES, *CATEGORIES)}
-_MIDS = {name: mid for mid, name, _ in CLASSES}
-_STAGING = ".mini_audioset_unfinished"
+_STAGING = ".mini_unfinished"
 _RECORD = "mini.json"
 
 
@@ -94,20 +95,43 @@ def _ancestors(name):
     return set().union(*({parent} | _ancestors(parent) for parent in _PARENTS[name]))
 
 
-def _closed_upward(leaves):
-    """The classes among some leaf classes and all their ancestors, as a set of names."""
-    return (set(leaves).union(*map(_ancestors, leaves))) & _MIDS.keys()
+def closed_upward(leaves):
+    """The classes among some leaf classes and all their ancestors, as a set of names.
+
+    Example
+    -------
+    >>> sorted(closed_upward(["Thunder", "White noise"]))
+    ['Noise', 'Thunder', 'Thunderstorm', 'White noise']
+    """
+    return (set(leaves).union(*map(_ancestors, leaves))) & MIDS.keys()
 
 
-def _plan_events(split, n_clips, seed):
+def plan_events(n_clips, seed, is_eval):
     """The leaf classes of each clip, as lists of one to three names.
 
     Low-discrepancy sequences in place of independent draws keep the counts near their expectation, so the rarest class of a
     small set is rare but there; clip i still depends on nothing but i.
+
+    Arguments
+    ---------
+    n_clips : int
+        Number of clips.
+    seed : int or list of int
+        Another seed, another plan.
+    is_eval : bool
+        Whether classes are about even, as in an evaluation set, or have a long tail.
+
+    Returns
+    -------
+    list of list of str
+
+    Example
+    -------
+    >>> plan_events(3, 0, is_eval=True)
+    [['Heavy engine (low frequency)'], ['Chirp, tweet', 'Banjo'], ['Civil defense siren']]
     """
     steps = np.sqrt([1.25, 2.0, 3.0, 7.0])
-    uniform = (np.random.default_rng([seed, split]).random(4) + np.arange(n_clips)[:, None] * steps) % 1.0
-    is_eval = SPLITS[split] == "eval"
+    uniform = (np.random.default_rng(seed).random(4) + np.arange(n_clips)[:, None] * steps) % 1.0
     frequency = (1.0 if is_eval else TAIL_RATIO) ** -np.linspace(0, 1, len(LEAVES))
     leaves = np.searchsorted(np.cumsum(frequency / frequency.sum())[:-1], uniform[:, :3], side="right")
     if is_eval:
@@ -122,8 +146,30 @@ def _draw_clip_id(rng, index):
     return {0: "-", 8: "_"}.get(index % 16, clip_id[0]) + clip_id[1:]
 
 
-def _render_clip(rng, leaves, n_samples, sample_rate):
-    """Mixes one event of each leaf class into a quiet background. `[samples]`, peak at most `PEAK`."""
+def render_clip(rng, leaves, n_samples, sample_rate):
+    """Mixes one event of each leaf class into a quiet background.
+
+    Arguments
+    ---------
+    rng : numpy.random.Generator
+        Where everything is drawn from.
+    leaves : list of str
+        Names of leaf classes.
+    n_samples : int
+        Length of the clip.
+    sample_rate : int
+        In Hz, at least 16000.
+
+    Returns
+    -------
+    numpy.ndarray
+        `[samples]`, float64, peak at most `PEAK`.
+
+    Example
+    -------
+    >>> render_clip(np.random.default_rng(0), ["Drum", "Thunder"], 16000, 16000).shape
+    (16000,)
+    """
     wav = coloured_noise(rng, n_samples, sample_rate, slope=rng.uniform(0, 2)) * _gain(rng, BACKGROUND_DECIBELS)
     for leaf in leaves:
         n_event = int(rng.uniform(0.5, 1.0) * n_samples)
@@ -142,7 +188,7 @@ def _with_errors(labels, rng, type1_rate, type2_rate):
 
     One uniform number per class decides, so the labels lost at a low rate are lost at a higher one too.
     """
-    draw = dict(zip(_MIDS, rng.random(len(_MIDS)), strict=True))
+    draw = dict(zip(MIDS, rng.random(len(MIDS)), strict=True))
     parents = {name: labels.intersection(_PARENTS[name]) for name in labels}
     type1 = {name for name in labels.intersection(LEAVES) if parents[name] and draw[name] < type1_rate}
     needed = set().union(*(parents[name] for name in type1))
@@ -160,7 +206,7 @@ def _write_segments(path, clip_ids, starts, seconds, label_sets):
             "# YTID, start_seconds, end_seconds, positive_labels\n"
         )
         for clip_id, start, labels in zip(clip_ids, starts, label_sets, strict=True):
-            mids = ",".join(sorted(_MIDS[name] for name in labels))
+            mids = ",".join(sorted(MIDS[name] for name in labels))
             file.write(f'{clip_id}, {start:.3f}, {start + seconds:.3f}, "{mids}"\n')
 
 
@@ -170,13 +216,13 @@ def _write_split(folder, split, n_clips, seconds, sample_rate, seed, type1_rate=
     audio.mkdir(parents=True)
     n_samples = round(seconds * sample_rate)
     clip_ids, starts, clean, noisy = [], [], [], []
-    for index, events in enumerate(_plan_events(split, n_clips, seed)):
+    for index, events in enumerate(plan_events(n_clips, [seed, split], name == "eval")):
         rng = np.random.default_rng([seed, split, index])
         clip_ids.append(_draw_clip_id(rng, index))
         starts.append(10.0 * rng.integers(30))
-        wav = _render_clip(rng, events, n_samples, sample_rate)
+        wav = render_clip(rng, events, n_samples, sample_rate)
         soundfile.write(audio / f"{clip_ids[-1]}.flac", wav, sample_rate, subtype="PCM_16")
-        clean.append(_closed_upward(events))
+        clean.append(closed_upward(events))
         # A generator of their own: the audio must not depend on the error rates.
         noisy.append(_with_errors(clean[-1], np.random.default_rng([seed, split, index, 1]), type1_rate, type2_rate))
     _write_segments(folder / f"{name}_segments.csv", clip_ids, starts, seconds, noisy)
@@ -184,10 +230,22 @@ def _write_split(folder, split, n_clips, seconds, sample_rate, seed, type1_rate=
         _write_segments(folder / f"{name}_segments_clean.csv", clip_ids, starts, seconds, clean)
 
 
-def _write_metadata(folder):
-    with open(folder / "class_labels_indices.csv", "w", newline="", encoding="utf-8") as file:
+def _write_class_list(path):
+    with open(path, "w", newline="", encoding="utf-8") as file:
         file.write("index,mid,display_name\n")
         file.writelines(f'{index},{mid},"{name}"\n' for index, (mid, name, _) in enumerate(CLASSES))
+
+
+def write_ontology(path):
+    """Writes the excerpt of AudioSet's ontology.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "ontology.json"
+    >>> write_ontology(path)
+    >>> json.loads(path.read_text())[1]["name"]
+    'Bird'
+    """
     nodes = [(*node, []) for node in CLASSES] + list(CATEGORIES)
     ontology = [
         {
@@ -201,7 +259,7 @@ def _write_metadata(folder):
         }
         for mid, name, _, restrictions in nodes
     ]
-    (folder / "ontology.json").write_text(json.dumps(ontology, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(ontology, indent=2) + "\n", encoding="utf-8")
 
 
 def write_mini_audioset(folder, n_train=500, n_eval=200, seconds=2.0, sample_rate=16000, seed=0, type1_rate=0.0, type2_rate=0.0):
@@ -274,40 +332,73 @@ def write_mini_audioset(folder, n_train=500, n_eval=200, seconds=2.0, sample_rat
     if not (0 <= type1_rate <= 1 and 0 <= type2_rate <= 1):
         raise ValueError(f"type1_rate and type2_rate must be in [0, 1], got {type1_rate} and {type2_rate}")
 
+    def write(staging):
+        _write_class_list(staging / "class_labels_indices.csv")
+        write_ontology(staging / "ontology.json")
+        _write_split(staging, 0, n_train, seconds, sample_rate, seed, type1_rate, type2_rate)
+        _write_split(staging, 1, n_eval, seconds, sample_rate, seed)
+
+    names = ["class_labels_indices.csv", "ontology.json", f"{SPLITS[0]}_segments_clean.csv"]
+    names += [f"{split}_segments.csv" for split in SPLITS] + [f"audio/{split}" for split in SPLITS]
+    return write_once(folder, names, arguments, write)
+
+
+def write_once(folder, names, arguments, write):
+    """Writes a generated data set, whole, unless it is there already. `mini.json`, written last, holds its arguments.
+
+    Arguments
+    ---------
+    folder : str or pathlib.Path
+        Where it goes.
+    names : list of str
+        Files and folders that it may consist of, relative to the folder.
+    arguments : dict
+        A data set of the same arguments is left alone, one of others is replaced.
+    write : callable
+        Writes the data set into the folder that it is given.
+
+    Returns
+    -------
+    pathlib.Path
+        The folder.
+
+    Raises
+    ------
+    InputError
+        The folder holds files of these names that this function did not write.
+
+    Example
+    -------
+    >>> folder = write_once(getfixture("tmp_path"), ["a"], {"size": 1}, lambda staging: (staging / "a").touch())
+    >>> sorted(path.name for path in folder.iterdir())
+    ['a', 'mini.json']
+    """
     folder = Path(folder)
     record, staging = folder / _RECORD, folder / _STAGING
     if record.exists():
         if record.read_text(encoding="utf-8") == _to_json(arguments):
             return folder
     elif not staging.exists():
-        # Neither a finished nor an interrupted write of ours: this may be somebody's real AudioSet.
-        for path in _products(folder):
+        # Neither a finished nor an interrupted write of ours: this may be somebody's real data set.
+        for path in (folder / name for name in names):
             if path.exists():
                 raise InputError(f"{path} exists and was not written by this function; choose another folder")
 
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     record.unlink(missing_ok=True)
-    _write_metadata(staging)
-    _write_split(staging, 0, n_train, seconds, sample_rate, seed, type1_rate, type2_rate)
-    _write_split(staging, 1, n_eval, seconds, sample_rate, seed)
-    (folder / "audio").mkdir(exist_ok=True)
-    for written, target in zip(_products(staging), _products(folder), strict=True):
+    write(staging)
+    for name in names:
+        written, target = staging / name, folder / name
         if target.is_dir():
             shutil.rmtree(target)
         target.unlink(missing_ok=True)
         if written.exists():
+            target.parent.mkdir(exist_ok=True)
             written.rename(target)
     record.write_text(_to_json(arguments), encoding="utf-8")
     shutil.rmtree(staging)
     return folder
-
-
-def _products(folder):
-    """All paths that a data set may consist of, but for its record."""
-    names = ["class_labels_indices.csv", "ontology.json", f"{SPLITS[0]}_segments_clean.csv"]
-    names += [f"{split}_segments.csv" for split in SPLITS] + [f"audio/{split}" for split in SPLITS]
-    return [folder / name for name in names]
 
 
 def _to_json(arguments):

@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from tqdm import tqdm
 
-from psla_sb.checkpoints import UNFINISHED, atomic_write, write_errors
+from psla_sb.checkpoints import UNFINISHED, atomic_write, one_process
 from psla_sb.dataio.manifest import ROOTS, Manifest
 from psla_sb.errors import InputError
 
@@ -127,7 +127,7 @@ def pack(annotation, out, data_root=None, shard_size=10**9, n_workers=8, leave_o
     annotation : str or Path
         See `Manifest.from_file`. Nothing is decoded: any file can be a clip.
     out : str or Path
-        The folder to write to. Others may be packed there at the same time, but not this one by two processes.
+        The folder to write to. Of several processes with the same folder one works and the others wait.
     data_root : str or Path, optional
         What `{data_root}` in the annotation's paths stands for.
     shard_size : int
@@ -164,8 +164,12 @@ def pack(annotation, out, data_root=None, shard_size=10**9, n_workers=8, leave_o
     packed = out / f"{name}.csv"
     if packed.exists() and packed.samefile(annotation):
         raise InputError(f"{annotation}: the packed annotation would take its place. Pack into another folder")
-    with write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    with one_process(out):
+        return _pack(manifest, annotation, packed, shard_size, n_workers, leave_out)
+
+
+def _pack(manifest, annotation, packed, shard_size, n_workers, leave_out):
+    out, name = packed.parent, packed.stem
     paths = manifest.paths()
     for placeholder in ROOTS:
         if pc.any(pc.starts_with(paths, placeholder)).as_py():

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.audio import AUDIO_SUFFIXES
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.metadata import fetch_metadata
+from psla_sb.dataio.resample import resample_clips
 from psla_sb.errors import InputError
 
 logger = get_logger(__name__)
@@ -30,7 +32,16 @@ FILE_NAME = r"^Y?(?P<id>[-_A-Za-z0-9]{11})(?:_[0-9.]+){0,2}\.[A-Za-z0-9]+$"
 FILES_AT_ONCE = 256
 
 
-def prepare_audioset(data_folder, train_annotation, train_segments, eval_annotation, eval_segments, n_threads=8):
+def prepare_audioset(
+    data_folder,
+    train_annotation,
+    train_segments,
+    eval_annotation,
+    eval_segments,
+    n_threads=8,
+    resampled_folder=None,
+    sample_rate=16000,
+):
     """Writes the training and the evaluation annotation, and beside each a list of the clips that it had to leave out.
 
     Nothing is done if both annotations are there and were made from the same segment lists, even if clips have come or gone
@@ -47,11 +58,16 @@ def prepare_audioset(data_folder, train_annotation, train_segments, eval_annotat
         Names of segment lists in the data folder; the clips of all of them together make up the set.
     n_threads : int
         Files that are opened at a time.
+    resampled_folder : str or Path, optional
+        Where to write mono FLAC copies of the clips, by as many processes as there are cores; the annotations then name these. An
+        interrupted preparation goes on. Without it clips are resampled whenever they are read.
+    sample_rate : int
+        Of the copies, in Hz.
 
     Raises
     ------
     InputError
-        A segment list is missing or is not in the official form, or none of its clips is found.
+        A segment list is not in the official form, or is missing and cannot be downloaded; or none of its clips is found.
 
     Example
     -------
@@ -69,10 +85,9 @@ def prepare_audioset(data_folder, train_annotation, train_segments, eval_annotat
     if not data_folder.is_dir():
         raise InputError(f"{data_folder}: no such folder; data_folder is where AudioSet's segment lists and clips are")
     lists = [data_folder / name for _, names in sets for name in names]
-    for path in lists:
-        if not path.is_file():
-            raise InputError(f"{path}: no such segment list; get it from https://research.google.com/audioset/download.html")
-    made_from = json.dumps([str(data_folder), *((str(path), path.stat().st_size, path.stat().st_mtime) for path in lists)])
+    fetch_metadata(lists)
+    copies = [str(resampled_folder), sample_rate] if resampled_folder else []
+    made_from = json.dumps([str(data_folder), *copies, *((str(path), path.stat().st_size, path.stat().st_mtime) for path in lists)])
     stamps = [annotation.with_suffix(".made_from.json") for annotation, _ in sets]
     if all(
         annotation.exists() and stamp.exists() and stamp.read_text() == made_from
@@ -87,7 +102,8 @@ def prepare_audioset(data_folder, train_annotation, train_segments, eval_annotat
     audio_folder = data_folder / "audio" if (data_folder / "audio").is_dir() else data_folder
     ids, paths = find_clips(audio_folder)
     for (annotation, names), stamp in zip(sets, stamps, strict=True):
-        write_annotation(annotation, [data_folder / name for name in names], data_folder, audio_folder, ids, paths, n_threads)
+        lists = [data_folder / name for name in names]
+        write_annotation(annotation, lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate)
         with atomic_write(stamp) as temporary:
             temporary.write_text(made_from)
 
@@ -167,7 +183,9 @@ def find_clips(folder):
     return ids.filter(ids.is_valid()), paths.filter(ids.is_valid())
 
 
-def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads):
+def write_annotation(
+    annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder=None, sample_rate=16000
+):
     """Writes the clips of segment lists that are there as an annotation, and `<annotation>_left_out.csv` with the others.
 
     Arguments
@@ -182,6 +200,8 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
         The clips that there are, see `find_clips`.
     n_threads : int
         Files that are opened at a time.
+    resampled_folder, sample_rate
+        See `prepare_audioset`.
 
     Raises
     ------
@@ -192,22 +212,17 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
     wanted, mids = pc.struct_field(segments, "id").cast(pa.string()), pc.struct_field(segments, "mids").cast(pa.string())
     places = pc.index_in(wanted, value_set=ids)
     found = paths.take(places)
-    durations = np.full(len(segments), np.nan)
-
-    def open_files(rows):
-        for row in rows:
-            if found[row].is_valid:
-                path = os.path.join(audio_folder, found[row].as_py())
-                try:
-                    # a pipe would never be opened
-                    durations[row] = audio_io.info(path).duration if os.path.isfile(path) else 0.0
-                except Exception:
-                    durations[row] = 0.0
-
-    jobs = [range(start, min(start + FILES_AT_ONCE, len(segments))) for start in range(0, len(segments), FILES_AT_ONCE)]
-    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=len(segments), desc=annotation.name, unit=" clips", disable=None) as bar:
-        for rows, _ in zip(jobs, pool.map(open_files, jobs), strict=True):
-            bar.update(len(rows))
+    if resampled_folder:
+        rows = np.flatnonzero(found.is_valid())
+        sources = found.drop_null()
+        found = pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ".flac")
+        durations = np.full(len(segments), np.nan)
+        seconds, _ = resample_clips(
+            pc.binary_join_element_wise(str(audio_folder), sources, "/"), found.drop_null(), resampled_folder, sample_rate
+        )
+        durations[rows] = np.nan_to_num(seconds)
+    else:
+        durations = durations_of(found, audio_folder, n_threads, annotation.name)
     missing, usable = np.isnan(durations), durations > 0
     left_out = annotation.with_name(f"{annotation.stem}_left_out.csv")
     with atomic_write(left_out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -226,7 +241,7 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
             f"{'none' if missing.all() else 'no readable one'} of a clip in the list."
         )
     keep = pa.array(usable)
-    prefix = os.path.join("{data_root}", os.path.relpath(audio_folder, data_folder), "").replace("/./", "/")
+    prefix = os.path.join("{data_root}", os.path.relpath(resampled_folder or audio_folder, data_folder), "").replace("/./", "/")
     Manifest.from_columns(
         wanted.filter(keep),
         pc.binary_join_element_wise(prefix, found.filter(keep), ""),
@@ -235,3 +250,46 @@ def write_annotation(annotation, segment_lists, data_folder, audio_folder, ids, 
         source=annotation,
     ).to_csv(annotation)
     logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {left_out}")
+
+
+def durations_of(paths, folder, n_threads=8, name=""):
+    """What the headers of sound files say.
+
+    Arguments
+    ---------
+    paths : pyarrow.Array
+        Relative to the folder; may have nulls.
+    folder : str or Path
+        Where they are.
+    n_threads : int
+        Files that are opened at a time.
+    name : str
+        For the progress bar.
+
+    Returns
+    -------
+    np.ndarray
+        Seconds `[clips]`: NaN where there is no path, 0 where there is no sound.
+
+    Example
+    -------
+    >>> durations_of(pa.array([None, "nowhere.wav"]), "somewhere")
+    array([nan,  0.])
+    """
+    durations = np.full(len(paths), np.nan)
+
+    def open_files(rows):
+        for row in rows:
+            if paths[row].is_valid:
+                path = os.path.join(folder, paths[row].as_py())
+                try:
+                    # a pipe would never be opened
+                    durations[row] = audio_io.info(path).duration if os.path.isfile(path) else 0.0
+                except Exception:
+                    durations[row] = 0.0
+
+    jobs = [range(start, min(start + FILES_AT_ONCE, len(paths))) for start in range(0, len(paths), FILES_AT_ONCE)]
+    with ThreadPoolExecutor(n_threads) as pool, tqdm(total=len(paths), desc=name, unit=" clips", disable=None) as bar:
+        for rows, _ in zip(jobs, pool.map(open_files, jobs), strict=True):
+            bar.update(len(rows))
+    return durations

@@ -9,6 +9,7 @@ import pytest
 import soundfile
 
 from audioset_prepare import find_clips, prepare_audioset, read_segments
+from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 
@@ -182,7 +183,7 @@ def test_missing_folder_and_list(tmp_path):
     arguments = (tmp_path / "t.csv", ["train.csv"], tmp_path / "e.csv", ["eval.csv"])
     with pytest.raises(InputError, match="nowhere: no such folder; data_folder is"):
         prepare_audioset(tmp_path / "nowhere", *arguments)
-    with pytest.raises(InputError, match=r"train\.csv: no such segment list; get it from https"):
+    with pytest.raises(InputError, match=r"train\.csv: no such file, and it is none of AudioSet.s official ones"):
         prepare_audioset(tmp_path, *arguments)
 
 
@@ -215,3 +216,22 @@ def test_interrupted_preparation_is_done_again(prepare, tmp_path):
     os.rename(tmp_path / "audio" / "evaluation1.wav", tmp_path / "audio" / "missing____.wav")
     prepare.again()
     assert len(Manifest.from_csv(tmp_path / "out" / "eval.csv")) == 1
+
+
+def test_copies_at_the_sample_rate_of_the_model(prepare, tmp_path):
+    prepare(["abcdefghijk", "broken_____", "missing____"], ["sub/Yabcdefghijk_0.000_10.000.wav"])
+    (tmp_path / "audio" / "broken_____.mp3").write_text("no sound")
+    tone = 0.5 * np.sin(np.arange(4000) / 9)
+    soundfile.write(tmp_path / "audio" / "sub" / "Yabcdefghijk_0.000_10.000.wav", tone, 8000)
+    arguments = (tmp_path, tmp_path / "out" / "train.csv", ["train.csv"], tmp_path / "out" / "eval.csv", ["eval.csv"])
+    prepare_audioset(*arguments, resampled_folder=tmp_path / "16k", sample_rate=16000)
+    clips = Manifest.from_csv(tmp_path / "out" / "train.csv", data_root=tmp_path)
+    assert [clip["id"] for clip in map(clips.__getitem__, range(len(clips)))] == ["abcdefghijk"]
+    assert clips[0]["duration"] == 0.5
+    assert os.path.samefile(clips[0]["wav"], tmp_path / "16k" / "sub" / "Yabcdefghijk_0.000_10.000.flac")
+    copy, rate = soundfile.read(clips[0]["wav"], dtype="float32")
+    assert rate == 16000
+    np.testing.assert_allclose(copy, read_audio(tmp_path / "audio" / "sub" / "Yabcdefghijk_0.000_10.000.wav"), atol=2**-15)
+    left_out = (tmp_path / "out" / "train_left_out.csv").read_text()
+    assert 'broken_____,"cannot be read as sound, or is empty"' in left_out
+    assert "missing____,no file" in left_out

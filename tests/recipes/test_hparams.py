@@ -9,24 +9,29 @@ from hyperpyyaml import load_hyperpyyaml
 
 from runs import REPOSITORY
 
-HPARAMS = REPOSITORY / "recipes" / "AudioSet" / "hparams"
+RECIPES = [f"AudioSet/{name}" for name in ("psla", "psla_balanced", "psla_balanced_enhanced", "baseline")]
+RECIPES += [f"FSD50K/{name}" for name in ("psla", "psla_enhanced", "baseline")]
 
 
-@pytest.fixture(params=["psla", "psla_balanced", "psla_balanced_enhanced", "baseline"])
+@pytest.fixture(params=RECIPES)
 def recipe(request, tmp_path):
     """The name of a full recipe, its values as they stand in the file, and what they build, without ImageNet weights."""
-    text = (HPARAMS / f"{request.param}.yaml").read_text(encoding="utf-8")
+    folder, name = request.param.split("/")
+    text = (REPOSITORY / "recipes" / folder / "hparams" / f"{name}.yaml").read_text(encoding="utf-8")
     overrides = {"data_folder": str(tmp_path), "output_folder": str(tmp_path / "run"), "pretrained": None}
     return request.param, ruamel.yaml.YAML().load(text), load_hyperpyyaml(text, overrides)
 
 
 def test_optimisation(recipe):
     name, _, built = recipe
-    lr, epochs, average_start, decay_start = {
-        "psla": (1e-4, 30, 16, 10),
-        "psla_balanced": (1e-3, 60, 41, 35),
-        "psla_balanced_enhanced": (1e-3, 60, 41, 35),
-        "baseline": (1e-4, 30, 16, 10),
+    lr, epochs, average_start, decay_start, batch_size = {
+        "AudioSet/psla": (1e-4, 30, 16, 10, 100),
+        "AudioSet/psla_balanced": (1e-3, 60, 41, 35, 100),
+        "AudioSet/psla_balanced_enhanced": (1e-3, 60, 41, 35, 100),
+        "AudioSet/baseline": (1e-4, 30, 16, 10, 100),
+        "FSD50K/psla": (5e-4, 40, 21, 10, 24),
+        "FSD50K/psla_enhanced": (5e-4, 40, 21, 10, 24),
+        "FSD50K/baseline": (5e-4, 40, 21, 10, 24),
     }[name]
     optimizer = built["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
     assert type(optimizer) is torch.optim.Adam
@@ -40,30 +45,33 @@ def test_optimisation(recipe):
     assert (schedule.decay_start, schedule.decay_interval, schedule.decay_factor) == (decay_start, 5, 0.5)
     assert built["epoch_counter"].limit == epochs
     assert built["average_start"] == average_start
-    assert built["batch_size"] == 100
+    assert built["batch_size"] == batch_size
 
 
 def test_data_and_augmentation(recipe):
     name, values, built = recipe
     front_end, norm = built["compute_features"], built["mean_var_norm"]
-    assert (front_end.sample_rate, front_end.n_mels, front_end.n_frames) == (16000, 128, 1056)
+    assert (front_end.sample_rate, front_end.n_mels, front_end.n_frames) == (16000, 128, 3000 if "FSD50K" in name else 1056)
     assert (norm.mean, norm.std) == (-4.6476, 4.5699)
     assert built["mixup"].alpha == 10
     masks = (built["spec_augment"].freq_mask, built["spec_augment"].time_mask)
     techniques = (values["pretrained"], values["mixup_rate"], *masks)
-    assert techniques == ((None, 0, 0, 0) if name == "baseline" else ("imagenet", 0.5, 48, 192))
-    assert built["balanced_sampling"] == (name == "psla")
+    assert techniques == ((None, 0, 0, 0) if "baseline" in name else ("imagenet", 0.5, 48, 192))
+    assert built["balanced_sampling"] == (name in ("AudioSet/psla", "FSD50K/psla", "FSD50K/psla_enhanced"))
     enhancement = built["label_enhancement"]
-    assert (enhancement and enhancement.keywords["threshold"]) == ("mean" if name == "psla_balanced_enhanced" else None)
+    assert (enhancement and enhancement.keywords["threshold"]) == ("mean" if "enhanced" in name else None)
     assert (built["class_weight_offset"], built["draws_per_epoch"], built["replacement"]) == (0.01, None, True)
 
 
 def test_model(recipe):
-    _, _, built = recipe
+    name, _, built = recipe
     encoder, pooling = built["embedding_model"], built["classifier"]
     assert values_of(encoder) == (1408, 0.2, {0.01}, {1e-3})
-    assert (pooling.n_heads, pooling.cla[0].out_channels) == (4, 527)
-    assert sum(p.numel() for module in (encoder, pooling) for p in module.parameters()) == 13_640_766
+    n_classes = 200 if "FSD50K" in name else 527
+    assert (pooling.n_heads, pooling.cla[0].out_channels) == (4, n_classes)
+    # each head has two convolutions of 1408 weights and a bias for a class
+    n_parameters = sum(p.numel() for module in (encoder, pooling) for p in module.parameters())
+    assert n_parameters == 13_640_766 - 4 * 2 * 1409 * (527 - n_classes)
 
 
 def values_of(encoder):
@@ -71,3 +79,24 @@ def values_of(encoder):
     norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     drop_connect = encoder._global_params.drop_connect_rate
     return encoder.out_channels, drop_connect, {round(norm.momentum, 9) for norm in norms}, {norm.eps for norm in norms}
+
+
+def test_published_figures_are_of_the_labels_that_are_trained_on(recipe):
+    name, values, _ = recipe
+    published = {
+        "AudioSet/psla": {"last": 0.440, "weight_average": 0.444, "ensemble": 0.453},
+        "FSD50K/psla": {"best": 0.558},
+        "FSD50K/psla_enhanced": {"best": 0.558, "weight_average": 0.562, "ensemble": 0.573},
+    }
+    assert values["published"] == published.get(name, {})
+
+
+def test_fsd50k_is_picked_on_validation_and_reported_on_eval(recipe):
+    name, values, built = recipe
+    if "FSD50K" in name:
+        assert values["expected_clips"] == {"train": 36796, "valid": 4170, "eval": 10231}
+        assert (built["valid_annotation"].rpartition("/")[2], built["test_annotation"].rpartition("/")[2]) == (
+            "valid.csv",
+            "eval.csv",
+        )
+        assert built["prepare"][-1].keywords["expected_clips"] == values["expected_clips"]

@@ -1,0 +1,86 @@
+"""The official files of AudioSet that recipes need beside the clips: class list, ontology, segment lists."""
+
+import hashlib
+from pathlib import Path
+
+from speechbrain.utils.data_utils import download_file
+
+from psla_sb.checkpoints import atomic_write
+from psla_sb.errors import InputError
+
+SEGMENTS = "http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv"
+# Address, and SHA-256 of the file; of the largest one its number of lines, 2,041,789 segments and a header of 3.
+OFFICIAL = {
+    "class_labels_indices.csv": (
+        f"{SEGMENTS}/class_labels_indices.csv",
+        "cdd1049833c4b86127c2773ac0d14a2754b6a6d0d1798002ed5c66e699708429",
+    ),
+    "ontology.json": (
+        "https://raw.githubusercontent.com/audioset/ontology/master/ontology.json",
+        "9c685f4403eecc3ca9be37fd7285cf212feaaea6ff7229d3e7ca89e0d1f2d15d",
+    ),
+    "balanced_train_segments.csv": (
+        f"{SEGMENTS}/balanced_train_segments.csv",
+        "3b83e5ff9ed72cfda37d4e36ce08250e107c1ea70f109f6ab6668ac200db5e94",
+    ),
+    "eval_segments.csv": (
+        f"{SEGMENTS}/eval_segments.csv",
+        "f7055f53935f70e74e39494a5c8c4c78f1700fce275028bd36e31186f33d45db",
+    ),
+    "unbalanced_train_segments.csv": (f"{SEGMENTS}/unbalanced_train_segments.csv", 2_041_792),
+}
+
+
+def fetch_metadata(paths):
+    """Downloads those of AudioSet's official files that are not there; files that are there are used as they are.
+
+    What is downloaded is compared with the official files' SHA-256 (the unbalanced segment list, whose SHA-256 is not known here,
+    with its number of lines) before it gets its name.
+
+    Arguments
+    ---------
+    paths : list of str or Path
+        Where the files are to be, in folders that exist; their names are the official ones.
+
+    Raises
+    ------
+    InputError
+        A file is not there and has no official address, or cannot be downloaded, or is not the official one.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "class_labels_indices.csv"
+    >>> path.touch()
+    >>> fetch_metadata([path])
+    """
+    for path in map(Path, paths):
+        if path.is_file():
+            continue
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent}: no such folder; {path.name} is looked for in it, and downloaded into it")
+        if path.name not in OFFICIAL:
+            raise InputError(f"{path}: no such file, and it is none of AudioSet's official ones, which can be downloaded")
+        url, expected = OFFICIAL[path.name]
+        remedy = f"Get {url} on a machine that can, and put it at {path}."
+        with atomic_write(path) as temporary:
+            try:
+                download_file(url, str(temporary), replace_existing=True)
+            except OSError as error:
+                raise InputError(f"{path}: no such file, and {url} cannot be downloaded: {error}. {remedy}") from None
+            found = _n_lines(temporary) if isinstance(expected, int) else _sha256(temporary)
+            if found != expected:
+                what = "lines" if isinstance(expected, int) else "as its SHA-256"
+                raise InputError(
+                    f"what {url} gave is not the official {path.name}: it has {found} {what}, not {expected}. It was not kept. "
+                    f"{remedy}"
+                )
+
+
+def _sha256(path):
+    with open(path, "rb") as stream:
+        return hashlib.sha256(stream.read()).hexdigest()
+
+
+def _n_lines(path):
+    with open(path, "rb") as stream:
+        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))

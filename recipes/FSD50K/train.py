@@ -1,0 +1,13 @@
+"""Trains and evaluates a tagger on FSD50K, or on a generated one.
+
+    python recipes/FSD50K/train.py hparams/mini.yaml
+    python recipes/FSD50K/train.py hparams/psla.yaml --data_folder=/data/fsd50k
+
+README.md in this folder says what has to be in the data folder. `--help` lists SpeechBrain's run options; besides these, every
+key of the YAML file can be overridden by `--KEY=VALUE`.
+"""
+
+from psla_sb.experiment import main
+
+if __name__ == "__main__":
+    main(__file__)
