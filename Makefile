@@ -1,10 +1,11 @@
-# `make demo` trains a tagger on the embedded data set and tags a file with it; `make test` runs all tests.
-# Both set up .venv first, once.
+# `make demo` trains a tagger on the embedded data set and tags a file with it; `make test` runs all tests;
+# `make test-browser` runs those of the demo page, in Chromium. All set up .venv first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
+ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test lint
+.PHONY: demo test test-browser lint
 
 demo: .venv/installed
 	$(BIN)/python recipes/AudioSet/train.py hparams/mini.yaml
@@ -12,6 +13,13 @@ demo: .venv/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=psla_sb -n 2 --dist loadfile
+
+test-browser: .venv/installed
+	@command -v chromium || { command -v apt-get > /dev/null && $(ROOT) apt-get update -q && \
+		$(ROOT) apt-get install -y -q --no-install-recommends chromium; } || \
+		{ echo "error: this needs the command chromium, and could not install Debian's package of that name"; exit 2; }
+	$(BIN)/pip install --disable-pip-version-check -q -e '.[browser]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/browser
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -32,9 +32,17 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime"],
+        "demo": ["gradio>=6.31,<7"],
+        "browser": ["gradio>=6.31,<7", "playwright"],
         "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxruntime"],
     },
     entry_points={
-        "console_scripts": ["psla-tag = psla_sb.cli:tag", "psla-export = psla_sb.cli:export", "psla-import = psla_sb.interop:main"]
+        "console_scripts": [
+            "psla-tag = psla_sb.cli:tag",
+            "psla-export = psla_sb.cli:export",
+            "psla-import = psla_sb.interop:main",
+            "psla-pack = psla_sb.cli:pack",
+            "psla-demo = psla_sb.cli:demo",
+        ]
     },
 )

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-NO_MODEL = """psla-tag needs --model FOLDER, the folder of a trained tagger. A training run writes one:
+NO_MODEL = """give --model FOLDER, the folder of a trained tagger. A training run writes one:
     make demo                    trains a small one in minutes, results/mini/1/tagger
     recipes/AudioSet/README.md   says how to train the real one
     psla-import                  makes one from a checkpoint of the published PSLA code"""
@@ -21,6 +21,17 @@ EXAMPLES = """examples:
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
 
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
+
+PACK_EXAMPLES = """examples:
+  psla-pack results/psla/1/train.csv --data-folder /data/audioset --out /data/packs
+  psla-pack results/psla/1/eval.csv --data-folder /data/audioset --out /data/packs
+  psla-pack --verify /data/packs
+  python recipes/AudioSet/train.py hparams/psla.yaml --skip_prep=True --data_folder=/data/packs \\
+      --train_annotation=/data/packs/train.csv --valid_annotation=/data/packs/eval.csv --class_list=class_labels_indices.csv
+
+A packing that was interrupted goes on with the same command.
+
+exit status: 0 if all is well, 1 if --verify found damage or packing was interrupted, 2 if the command line or the input is wrong"""
 
 
 def tag(arguments=None):
@@ -74,15 +85,10 @@ def tag(arguments=None):
     if options.plot and not options.plot.lower().endswith(".png"):
         parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
     # imports take seconds, and --help and a wrong command line need none
-    import torch
-
     from psla_sb.errors import InputError
     from psla_sb.inference import AudioTagger
 
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {options.device} cannot be used: {error}")
+    _check_device(parser, options.device)
     try:
         tagger = AudioTagger.from_folder(options.model, run_opts={"device": options.device})
     except InputError as error:
@@ -220,3 +226,118 @@ def export(arguments=None):
     except (InputError, OSError) as error:
         parser.error(str(error))
     print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out} FILE...")
+
+
+def demo(arguments=None):
+    """`psla-demo`: serves a page that tags sounds.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 if the command line or the model is wrong.
+
+    Example
+    -------
+    >>> demo(["--model", "nowhere"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    parser = argparse.ArgumentParser("psla-demo", description="Serves a page: drop or record a sound, see its tags and timeline.")
+    parser.add_argument("--model", metavar="FOLDER", help="a tagger's or a run's folder, a snapshot, a published checkpoint")
+    parser.add_argument("--labels", metavar="CSV", help="the class list of a published checkpoint")
+    parser.add_argument("--examples", metavar="FOLDER", help="sound files that the page offers")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        parser.error(NO_MODEL)
+    if not os.path.exists(options.model):
+        parser.error(f"--model {options.model}: no such file or folder")
+    _check_device(parser, options.device)
+    from psla_sb.demo import example_files, launch
+    from psla_sb.errors import InputError
+    from psla_sb.inference import AudioTagger
+
+    try:
+        examples = example_files(options.examples) if options.examples else ()
+        tagger = AudioTagger.from_any(options.model, options.labels, run_opts={"device": options.device})
+        launch(tagger, options.model, examples, options.host, options.port, options.open)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def _check_device(parser, device):
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {device} cannot be used: {error}")
+
+
+def pack(arguments=None):
+    """`psla-pack`: puts the clips of an annotation into few large files, or verifies such files.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 1 if damage was found or packing was interrupted, 2 if the command line or the input is wrong.
+
+    Example
+    -------
+    >>> pack(["nowhere.csv", "--out", "packs"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    parser = argparse.ArgumentParser(
+        "psla-pack",
+        description="Puts the clips of an annotation, as they are, into few large tar files, and writes the annotation of these.",
+        epilog=PACK_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("annotation", nargs="?", metavar="ANNOTATION", help="a CSV file (ID,wav,duration,labels)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", metavar="FOLDER", help="where to write the packs and their annotation, of the same name")
+    what.add_argument("--verify", metavar="FOLDER", help="read all packed clips there again, and compare their checksums")
+    parser.add_argument("--data-folder", metavar="FOLDER", help="what {data_root} in the annotation stands for")
+    parser.add_argument("--shard-size", type=float, default=1000, metavar="MB", help="of a pack at most (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=8, metavar="N", help="files that are read at a time (default: %(default)s)")
+    parser.add_argument("--leave-out", action="store_true", help="leave out, and list, clips whose file is missing")
+    options = parser.parse_args(arguments)
+    if (options.annotation is None) == (options.out is not None):
+        parser.error("give an annotation and --out FOLDER to pack, or --verify FOLDER alone")
+    if not 1e-6 <= options.shard_size <= 1e12 or options.workers < 1:
+        parser.error("--shard-size must be above 0, --workers 1 or more")
+    from psla_sb.dataio import packs
+    from psla_sb.errors import InputError
+
+    try:
+        if options.out:
+            size = round(options.shard_size * 1e6)
+            packed = packs.pack(options.annotation, options.out, options.data_folder, size, options.workers, options.leave_out)
+            print(f"{packed} is written. Its {{data_root}} is {options.out}. Verify it: psla-pack --verify {options.out}")
+            return
+        n_clips, damages = packs.verify(options.verify, options.workers)
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit("Stopped. The same command goes on from here.")
+    for annotation, clip, problem in damages:
+        print(f"error: {annotation}, clip '{clip}': {problem}" if clip else f"error: {annotation}: {problem}", file=sys.stderr)
+    if damages:
+        sys.exit(f"{len(damages)} problems with {n_clips} clips. Delete the damaged packs, and pack the annotations again.")
+    print(f"{n_clips} clips, all as they were packed.")

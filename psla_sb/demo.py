@@ -1,0 +1,353 @@
+"""The demo page: drop or record a sound, see its tags, its timeline and its events, and listen to it.
+
+`psla-demo --model FOLDER` serves it. It needs Gradio (`pip install 'psla_sb[demo]'`), and no network.
+"""
+
+import html
+import math
+import os
+import signal
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+from psla_sb.dataio.audio import AUDIO_SUFFIXES, read_blocks
+from psla_sb.errors import InputError
+from psla_sb.inference import Tag
+from psla_sb.lobes.features import n_frames_of
+from psla_sb.timeline import Timeline, events, overview
+
+WINDOW, HOP = 10.0, 1.0  # in seconds, of the timeline
+N_CLASSES, THRESHOLD = 8, 0.5  # what the page begins with
+COLUMNS, WIDTHS = ["class", "from", "to", "score"], ["37%", "21%", "21%", "21%"]
+MAX_EVENTS, MAX_EXAMPLES = 1000, 12
+MAX_FILE_SIZE = "1gb"  # an hour in stereo at 44.1 kHz is a WAV file of 635 MB
+START = "<p>WAV, FLAC, MP3 or Ogg, up to 1 GB: an hour is not too long.</p>"
+WHOLE = "The tags are of the clip as a whole; the timeline hears a moment at a time, so its scores may differ."
+PEAKS = "That is longer than what the model hears at a time: the tags are each class's highest score along the timeline."
+KEPT = 4 * 3600  # seconds that a sound is kept for a page that is left open
+NO_GRADIO = """the demo page needs Gradio:
+    pip install 'psla_sb[demo]'     or, in the repository, pip install -e '.[demo]'"""
+CSS = """
+main {max-width: 1100px !important; width: 100% !important}
+footer {display: none !important}
+code {overflow-wrap: anywhere}
+#told {min-height: 5.5em}
+#told .pending {opacity: 0 !important}
+#told .error {color: var(--error-text-color); font-weight: 600}
+#tags meter {height: 10px; appearance: none}
+#tags meter::-webkit-meter-bar {opacity: 0}
+#tags meter::-moz-meter-bar {opacity: 0}
+@media (max-width: 640px) {
+  /* on a phone the picture keeps a size that can be read, and is moved sideways */
+  #picture .image-container {overflow-x: auto}
+  #picture img {width: 860px !important; max-width: none !important; height: auto !important}
+}
+"""
+
+
+class Heard(NamedTuple):
+    """What there is to show of a sound.
+
+    `tags` are all classes, best first: of the clip as a whole (`AudioTagger.tag_file`) if `whole`; otherwise, since the recording
+    is longer than what the model hears at a time, each class with its highest score along the `timeline`. `extremes`, `energies`
+    and `column` are those of `psla_sb.timeline.overview`; `seconds` is its duration.
+
+    Example
+    -------
+    >>> Heard("rain.wav", 2.0, True, [Tag("Rain", "/m/06mb1", 0.9)], None, None, None, 0.01).tags[0].label
+    'Rain'
+    """
+
+    name: str
+    seconds: float
+    whole: bool
+    tags: list
+    timeline: Timeline
+    extremes: np.ndarray
+    energies: np.ndarray
+    column: float
+
+
+def listen(tagger, path, progress=lambda share, desc: None):
+    """Tags a sound of any length.
+
+    Arguments
+    ---------
+    tagger : AudioTagger
+        The model.
+    path : str or Path
+        See `AudioTagger.tag_file`.
+    progress : callable, optional
+        Is called with the share that is done, in [0, 1], and with words for it.
+
+    Returns
+    -------
+    Heard
+        What to show of it.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or its samples are too large.
+    """
+    rate, seconds = tagger.hparams.sample_rate, _seconds(path)
+    with _counted(tagger, seconds, progress):
+        timeline = tagger.tag_timeline(path, WINDOW, HOP)
+    # less than a frame of what the model takes may be lost
+    whole = n_frames_of(round(seconds * rate), rate) <= n_frames_of(tagger.n_samples or round(WINDOW * rate), rate)
+    if whole:
+        tags = tagger.tag_file(path, top_k=len(timeline.labels))
+    else:
+        peaks = timeline.scores.max(axis=0)
+        tags = [Tag(timeline.labels[c], timeline.mids[c], float(peaks[c])) for c in np.argsort(-peaks, kind="stable")]
+    extremes, energies, column = overview(read_blocks(path, rate), rate, seconds)
+    return Heard(Path(path).name, seconds, whole, tags, timeline, extremes.numpy(), energies.numpy(), column)
+
+
+def _seconds(path):
+    try:
+        return soundfile.info(str(path)).duration
+    except (soundfile.SoundFileError, OSError):
+        # whoever reads the file says what is wrong
+        return 0.0
+
+
+@contextmanager
+def _counted(tagger, seconds, progress):
+    """Reports how many of a recording's windows the model has been given."""
+    length, hop, _ = tagger.window_and_hop(WINDOW, HOP)
+    total, done = 1 + max(0, math.ceil((seconds * tagger.hparams.sample_rate - length) / hop)), 0
+
+    def count(module, inputs, feats):
+        nonlocal done
+        done += len(feats)
+        share = min(1.0, done / total)
+        progress(share, f"heard {clock(share * seconds)} of {clock(seconds)}")
+
+    hook = tagger.mods.compute_features.register_forward_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def clock(seconds):
+    """A time as people read it.
+
+    Example
+    -------
+    >>> clock(7.04), clock(3661.5)
+    ('0:07.0', '1:01:01.5')
+    """
+    tenths = round(10 * seconds)
+    hours, minutes, rest = tenths // 36000, tenths // 600 % 60, tenths % 600 / 10
+    return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
+
+
+def event_rows(heard, threshold):
+    """The table of events: class, start, end and highest score, and how many events there are.
+
+    If there are more than a page can show, the best-scored are in the table.
+
+    Example
+    -------
+    >>> timeline = Timeline(np.array([0.5, 1.5]), np.array([[0.1], [0.75]]), ["Rain"], ["/m/06mb1"])
+    >>> event_rows(Heard("rain.wav", 1.9, True, [], timeline, None, None, 0.01), threshold=0.5)
+    ([['Rain', '0:01.0', '0:01.9', '0.75']], 1)
+    """
+    found = events(heard.timeline, threshold)
+    shown = sorted(sorted(found, key=lambda event: -event.score)[:MAX_EVENTS], key=lambda event: event.start)
+    # a clip's last step may reach beyond its end
+    rows = [[e.label, clock(e.start), clock(min(e.end, heard.seconds)), f"{e.score:.2f}"] for e in shown]
+    return rows, len(found)
+
+
+def picture(heard, n_classes):
+    """Draws waveform, spectrogram and timeline on one time axis; see `psla_sb.plots.recording`.
+
+    Returns
+    -------
+    PIL.Image.Image
+        The picture.
+    """
+    from PIL import Image  # comes with matplotlib, which is imported only to draw
+
+    from psla_sb.plots import recording
+
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = Path(folder) / "recording.png"
+        recording(heard.extremes, heard.energies, heard.column, heard.timeline, drawn, heard.name, n_classes)
+        with Image.open(drawn) as image:
+            return image.convert("RGB")
+
+
+def _gradio():
+    # it must not say to its makers that it is used, and it reads this when it is imported
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio
+    except ImportError:
+        raise InputError(NO_GRADIO) from None
+    return gradio
+
+
+def build_page(tagger, source="", examples=()):
+    """The page.
+
+    Arguments
+    ---------
+    tagger : AudioTagger
+        The model.
+    source : str
+        What the model is called on the page.
+    examples : iterable of str or Path
+        Sound files that are offered.
+
+    Returns
+    -------
+    gradio.Blocks
+        The page, to be served by `launch`.
+
+    Raises
+    ------
+    InputError
+        Gradio is not installed.
+    """
+    gr, model = _gradio(), tagger.hparams
+    length = f"{tagger.n_samples / model.sample_rate:.3g} s at a time" if tagger.n_samples else "clips of any length"
+
+    def hear(path, k, threshold, progress=gr.Progress()):  # noqa: B008
+        nothing = (None, gr.Column(visible=False), gr.Column(visible=False), None, None, None)
+        if path is None:
+            return START, *nothing
+        try:
+            heard = listen(tagger, path, progress)
+        except InputError as error:
+            text = html.escape(str(error).replace(str(path), Path(path).name))
+            return f'<p class="error" role="alert">{text}</p>', *nothing
+        progress(1.0, "drawing")
+        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {WHOLE if heard.whole else PEAKS}</p>"
+        shown = gr.Column(visible=True)
+        return told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold)
+
+    def show_classes(heard, k):
+        return {tag.label: tag.score for tag in heard.tags[:k]}, picture(heard, k)
+
+    def show_events(heard, threshold):
+        rows, found = event_rows(heard, threshold)
+        shown = f"the best-scored {len(rows)} of {found}" if found > len(rows) else str(found)
+        return gr.Dataframe(rows, label=f"Events: {shown}")
+
+    with gr.Blocks(title="What can be heard?", analytics_enabled=False, delete_cache=(600, KEPT)) as page:
+        found = gr.State()
+        gr.HTML(
+            "<h1>What can be heard?</h1><p>Drop a sound or record one, and see what is in it, and when.</p>"
+            f"<p>Model <code>{html.escape(str(source))}</code>: {len(model.mids)} classes, hears {length}</p>"
+        )
+        with gr.Row():
+            with gr.Column():
+                sound = gr.Audio(
+                    sources=["upload", "microphone"],
+                    type="filepath",
+                    label="Sound",
+                    editable=False,
+                    buttons=["download"],
+                    # the browser's own player need not decode an hour of sound before it plays
+                    waveform_options=gr.WaveformOptions(show_recording_waveform=False),
+                    elem_id="sound",
+                )
+                told = gr.HTML(START, elem_id="told")
+                if examples:
+                    names = [Path(example).name for example in examples]
+                    gr.Examples([[str(example)] for example in examples], sound, label="Examples", example_labels=names)
+            with gr.Column(visible=False) as beside:
+                tags = gr.Label(label="Tags", show_heading=False, elem_id="tags")
+                most = min(20, len(model.mids))
+                k = gr.Slider(1, most, min(N_CLASSES, most), step=1, label="Classes shown", buttons=[])
+        with gr.Column(visible=False) as below:
+            drawn = gr.Image(
+                label="Timeline", format="png", buttons=["download", "fullscreen"], elem_id="picture", interactive=False
+            )
+            threshold = gr.Slider(0.05, 0.95, THRESHOLD, step=0.05, label="Least score of an event", buttons=[])
+            table = gr.Dataframe(headers=COLUMNS, column_widths=WIDTHS, wrap=True, interactive=False, buttons=[], elem_id="events")
+        # one at a time, whoever asks: matplotlib's style and the count of windows are the process's own
+        alone = {"concurrency_id": "alone", "concurrency_limit": 1, "api_visibility": "private"}
+        outputs = [told, found, beside, below, tags, drawn, table]
+        sound.change(hear, [sound, k, threshold], outputs, show_progress_on=told, **alone)
+        k.change(show_classes, [found, k], [tags, drawn], show_progress="hidden", **alone)
+        threshold.change(show_events, [found, threshold], table, show_progress="hidden", **alone)
+    return page
+
+
+def launch(tagger, source="", examples=(), host="127.0.0.1", port=7860, browser=False):
+    """Serves the page until Ctrl-C or SIGTERM; uploaded sounds are deleted then, and after some hours.
+
+    Arguments
+    ---------
+    tagger, source, examples
+        See `build_page`.
+    host : str
+        The address to listen at; "0.0.0.0" lets other machines in.
+    port : int
+        The port to listen at.
+    browser : bool
+        Whether to open the page in this machine's browser.
+
+    Raises
+    ------
+    InputError
+        Gradio is not installed, or the port is in use.
+    """
+    with tempfile.TemporaryDirectory() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads
+        gr = _gradio()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            page = build_page(tagger, source, examples)
+            fonts = ["system-ui", "sans-serif"]  # none from the network
+            page.launch(
+                server_name=host,
+                server_port=port,
+                inbrowser=browser,
+                share=False,
+                quiet=True,
+                max_file_size=MAX_FILE_SIZE,
+                state_session_capacity=100,
+                ssr_mode=False,
+                run_history=False,
+                enable_monitoring=False,
+                footer_links=[],
+                theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=fonts),
+                css=CSS,
+                prevent_thread_lock=True,
+            )
+        except OSError:
+            raise InputError(f"--port {port} at --host {host} is in use, or may not be used: choose another") from None
+        print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
+        page.block_thread()
+
+
+def example_files(folder):
+    """The first sound files of a folder, by name.
+
+    Raises
+    ------
+    InputError
+        There are none.
+
+    Example
+    -------
+    >>> example_files("nowhere")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: nowhere: no sound files (.wav, .flac, .mp3, .ogg) there
+    """
+    files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    if not files:
+        raise InputError(f"{folder}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")
+    return files[:MAX_EXAMPLES]
