@@ -322,13 +322,13 @@ def pack(arguments=None):
         parser.error("give an annotation and --out FOLDER to pack, or --verify FOLDER alone")
     if not 1e-6 <= options.shard_size <= 1e12 or options.workers < 1:
         parser.error("--shard-size must be above 0, --workers 1 or more")
-    from psla_sb.dataio import packs
+    from psla_sb.dataio import packing, packs
     from psla_sb.errors import InputError
 
     try:
         if options.out:
             size = round(options.shard_size * 1e6)
-            packed = packs.pack(options.annotation, options.out, options.data_folder, size, options.workers, options.leave_out)
+            packed = packing.pack(options.annotation, options.out, options.data_folder, size, options.workers, options.leave_out)
             print(f"{packed} is written. Its {{data_root}} is {options.out}. Verify it: psla-pack --verify {options.out}")
             return
         n_clips, damages = packs.verify(options.verify, options.workers)

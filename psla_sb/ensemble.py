@@ -21,6 +21,7 @@ from psla_sb import experiment
 from psla_sb.aggregation import average_weights, front_end, score, stamp, update_batch_norm
 from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
+from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.ensemble_figures import ensemble_table, figures_of, greedy_selection, write_classes
@@ -103,6 +104,7 @@ def aggregate(hparams_file, run_opts, overrides):
     """
     run_opts = experiment.start_processes(run_opts)
     hparams = experiment.load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
+    crop = experiment.crop_of("eval_crop", hparams)
     sources = find_members(hparams["runs"], hparams["members"], hparams["first_epoch"])
     vocabulary, manifest, selection, labels = _open_annotations(hparams)
     folder = Path(hparams["output_folder"])
@@ -124,10 +126,15 @@ def aggregate(hparams_file, run_opts, overrides):
         "num_workers": hparams["num_workers"],
         "run_opts": {"device": device, "precision": run_opts.eval_precision},
         "labels": labels,
+        "crop": crop,
     }
+
+    def check(name, clips):
+        return audio_check(hparams.get("on_bad_audio", "error"), folder, name, len(clips))
+
     chosen, picked = list(sources), None
     if selection is not None:
-        scores = score(sources, selection, vocabulary, folder / "selection_scores", **options)
+        scores = score(sources, selection, vocabulary, folder / "selection_scores", **options, check=check("selection", selection))
         targets = selection.label_sets(vocabulary).to_multi_hot(np.arange(len(selection)), len(vocabulary))
         order, precisions = greedy_selection([scores[name] for name in sources], targets)
         chosen = [chosen[i] for i in order]
@@ -141,7 +148,7 @@ def aggregate(hparams_file, run_opts, overrides):
             _write_average,
             [[sources[name] for name in chosen], hparams, manifest.data_root, vocabulary, labels, scored["weight_average"], device],
         )
-    scores = score(scored, manifest, vocabulary, folder / "scores", **options)
+    scores = score(scored, manifest, vocabulary, folder / "scores", **options, check=check("evaluation", manifest))
     if not if_main_process():
         return None
     targets = manifest.label_sets(vocabulary).to_multi_hot(np.arange(len(manifest)), len(vocabulary))

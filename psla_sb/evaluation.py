@@ -130,13 +130,13 @@ def evaluate(brain, dataset, name, vocabulary, loader_kwargs):
 
 
 def example(folder, dataset, vocabulary):
-    """A clip of a data set with its true labels, and what the exported tagger says of it.
+    """A data set's first clip that can be read, with its true labels, and what the exported tagger says of it.
 
     Returns
     -------
     str
     """
-    clip = dataset.data[0]
+    clip = dataset.data[next(row for row in range(len(dataset)) if dataset[row]["error"] is None)]
     tags = AudioTagger.from_folder(Path(folder) / "tagger").tag_file(clip["wav"])
     return "\n".join(
         [

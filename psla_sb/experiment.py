@@ -23,7 +23,7 @@ from speechbrain.utils.run_opts import RunOptions
 from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, init_worker
+from psla_sb.dataio.dataset import CROPS, TaggingDataset, collate, end_workers, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
@@ -165,7 +165,7 @@ def main(recipe, arguments=None, job=None):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        sys.exit("Stopped without saving.")
+        sys.exit("Stopped at once. The same command goes on from what was saved last.")
     finally:
         for signum, handler in zip(STOP_SIGNALS, handlers, strict=True):
             signal.signal(signum, handler)
@@ -212,6 +212,7 @@ def run(hparams_file, run_opts, overrides):
     loader = {
         "num_workers": hparams["num_workers"],
         "worker_init_fn": init_worker,
+        "collate_fn": collate,
         "pin_memory": brain.device_type == "cuda",
     }
     valid_set, _ = tagging_dataset("valid", hparams, vocabulary)
@@ -420,11 +421,29 @@ def tagging_dataset(name, hparams, vocabulary):
     teacher = None
     if name == "train" and hparams.get("teacher_scores") is not None:
         teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
-    crop = hparams.get("train_crop" if name == "train" else "eval_crop", "first")
-    allowed = [key for key in CROPS if name == "train" or key != "random"]
-    if crop not in allowed:
-        raise InputError(f"{'train' if name == 'train' else 'eval'}_crop must be one of {', '.join(allowed)}, not {crop!r}")
+    crop = crop_of("train_crop" if name == "train" else "eval_crop", hparams)
     return TaggingDataset(manifest, labels, len(vocabulary), sample_rate, n_samples, teacher, crop, hparams["seed"]), labels
+
+
+def crop_of(key, hparams):
+    """What `train_crop` or `eval_crop` says, by default the first samples.
+
+    Raises
+    ------
+    InputError
+        There is no such crop.
+
+    Example
+    -------
+    >>> crop_of("eval_crop", {"eval_crop": "random"})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: eval_crop must be one of first, centre, not 'random'
+    """
+    crop, allowed = hparams.get(key, "first"), [name for name in CROPS if key == "train_crop" or name != "random"]
+    if crop not in allowed:
+        raise InputError(f"{key} must be one of {', '.join(allowed)}, not {crop!r}")
+    return crop
 
 
 def train_batches(hparams, labels):

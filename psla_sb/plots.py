@@ -555,6 +555,8 @@ def write_pictures(brain, dataset, name, vocabulary, train_labels):
     clips = []
     for row in np.linspace(0, len(average) - 1, min(N_EXAMPLES, len(average))).round().astype(int):
         item = dataset[int(row)]
+        if item["error"] is not None:
+            continue
         with torch.inference_mode():
             features = brain.hparams.modules["compute_features"](item["sig"][None].to(brain.device))[0].cpu().numpy()
         best = np.argsort(-average[row], kind="stable")[:N_TAGS]

@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from psla_sb import experiment
 from psla_sb.aggregation import new_array, score
 from psla_sb.checkpoints import atomic_write
+from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.metadata import fetch_metadata
 from psla_sb.errors import InputError
@@ -207,7 +208,17 @@ def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, la
     one = len(teachers) == 1
     members = {Path(SCORES).stem: teachers[0]} if one else {f"teacher_{i}": source for i, source in enumerate(teachers, 1)}
     loader = {"batch_size": hparams["valid_batch_size"], "num_workers": hparams["num_workers"]}
-    each = score(members, manifest, vocabulary, folder, **loader, run_opts=run_opts, labels=labels or hparams["class_list"])
+    each = score(
+        members,
+        manifest,
+        vocabulary,
+        folder,
+        **loader,
+        run_opts=run_opts,
+        labels=labels or hparams["class_list"],
+        crop=experiment.crop_of("eval_crop", hparams),
+        check=audio_check(hparams.get("on_bad_audio", "error"), folder, "train", len(manifest)),
+    )
     if if_main_process():
         if not one:
             # what a single teacher left there is no longer what the scores are made from

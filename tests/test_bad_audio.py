@@ -165,6 +165,15 @@ def test_the_list_has_each_clip_once_over_processes_and_restarts(tmp_path):
     ]
 
 
+def test_a_list_that_was_edited_or_cut(tmp_path):
+    (tmp_path / "bad_clips.csv").write_text("set,ID,error\ntrain,a,is broken\n\nvalid,x,is broken\ntrain")
+    check = BadClips(tmp_path, "train", 400)
+    for _ in range(2):
+        check(skipped("a", "b", "with\u2028separator"))
+    assert check.known == {"a", "b", "with\u2028separator"}
+    assert [row[1] for row in listed(tmp_path) if len(row) > 2] == ["ID", "a", "x", "b", "with\u2028separator"]
+
+
 def test_more_than_one_percent_stop_the_run(tmp_path):
     check = BadClips(tmp_path, "train", 300)
     check(skipped("a", "b", "c"))
@@ -217,7 +226,8 @@ def annotations(tiny_run, mini_data, folder):
         with open(tiny_run[0] / f"{name}.csv", newline="", encoding="utf-8") as stream:
             header, *clips = csv.reader(stream)
         clips = [[f"{i}_{clip[0]}", *clip[1:]] for i in range(5) for clip in clips]
-        clips[7][0], clips[7][1] = f"bad_{name}", str(folder / "bad.flac")
+        # the first one is also what a run shows as an example
+        clips[0][0], clips[0][1] = f"bad_{name}", str(folder / "bad.flac")
         with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([header, *clips])
     (folder / "bad.flac").write_bytes(b"fLaC, but no sound")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psla_sb import cli
-from psla_sb.dataio import packs
+from psla_sb.dataio import packing, packs
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
@@ -107,7 +107,7 @@ def sounds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed_sounds(sounds, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    return packs.pack(annotate(folder, sounds.items()), folder / "packs", shard_size=100_000)
+    return packing.pack(annotate(folder, sounds.items()), folder / "packs", shard_size=100_000)
 
 
 def outcome(read, path):
@@ -142,14 +142,15 @@ def test_any_ids_names_and_sizes(tmp_path_factory, ids, shard_size, rng):
     files = [folder / f"{number}{rng.choice(['.wav', '.flac', '', '.é %#&'])}" for number in range(len(ids))]
     for file, content in zip(files, data, strict=True):
         file.write_bytes(content)
-    packed = packs.pack(annotate(folder, zip(ids, files, strict=True)), folder / "packs", shard_size=shard_size)
+    packed = packing.pack(annotate(folder, zip(ids, files, strict=True)), folder / "packs", shard_size=shard_size)
     manifest, before = Manifest.from_csv(packed), Manifest.from_csv(folder / "train.csv")
     for column in ("ID", "duration", "labels"):
         assert manifest.table[column].equals(before.table[column])
     assert [packs.read(packs.locate(path)) for path in paths_in(packed)] == data
     members = {}
     for shard in sorted((folder / "packs").glob("*.tar")):
-        assert shard.stat().st_size <= max(shard_size, 512 + packs.padded(max(map(len, data)))) + 5 * 1024 + 10240 + 1024 * len(ids)
+        largest = max(shard_size, 512 + packing.padded(max(map(len, data))))
+        assert shard.stat().st_size <= largest + 5 * 1024 + 10240 + 1024 * len(ids)
         with tarfile.open(shard, "r:") as tar:
             members |= {member.name: tar.extractfile(member).read() for member in tar}
     assert list(members.values()) == data
@@ -162,7 +163,7 @@ def test_odd_names_survive_tar(tmp_path):
     files = [(name, root / f"{row} #%&é.flac") for row, name in enumerate(ODD_NAMES)]
     for row, (_, path) in enumerate(files):
         soundfile.write(path, np.full(100, row / 64), RATE)
-    packed = packs.pack(annotate(root, files, "train #1&é.csv"), root / "new packs", shard_size=5000)
+    packed = packing.pack(annotate(root, files, "train #1&é.csv"), root / "new packs", shard_size=5000)
     shards = sorted((root / "new packs").glob("*.tar"))
     assert len(shards) > 2
     out = tmp_path / "extracted"
@@ -175,7 +176,7 @@ def test_odd_names_survive_tar(tmp_path):
                 tar.extractall(out)
     for row, ((name, path), place) in enumerate(zip(files, paths_in(packed), strict=True)):
         assert torch.equal(read_audio(place), torch.full((100,), row / 64))
-        assert (out / packs.member_name(name, path)).read_bytes() == path.read_bytes()
+        assert (out / packing.member_name(name, path)).read_bytes() == path.read_bytes()
     assert len(list(out.iterdir())) == len(files)
 
 
@@ -203,7 +204,7 @@ def test_a_file_of_such_a_name_is_a_file(tmp_path):
 )
 def test_places_that_are_none(place, message, tmp_path):
     (tmp_path / "a.wav").write_bytes(b"abc")
-    packs.pack(annotate(tmp_path, [("a", tmp_path / "a.wav")]), tmp_path / "packs")
+    packing.pack(annotate(tmp_path, [("a", tmp_path / "a.wav")]), tmp_path / "packs")
     (tmp_path / "packs" / "train-00000.tar").rename(tmp_path / "p.tar")
     for read in (read_audio, lambda path: list(read_blocks(path))):
         with pytest.raises(AudioError, match=message) as caught:
@@ -213,13 +214,13 @@ def test_places_that_are_none(place, message, tmp_path):
 
 def test_killed_at_random_moments(tmp_path):
     annotation, rng = write_files(tmp_path, 300), random.Random(0)
-    packs.pack(annotation, tmp_path / "whole", shard_size=10_000, n_workers=2)
+    packing.pack(annotation, tmp_path / "whole", shard_size=10_000, n_workers=2)
     whole = contents(tmp_path / "whole")
     n_packs = sum(name.endswith(".tar") for name in whole)
     assert n_packs > 50
     out, statuses, kept = tmp_path / "killed", [], {}
     for n_before in sorted(rng.sample(range(n_packs - 10), 8)):
-        process = SERVER.Process(target=packs.pack, args=(annotation, out), kwargs={"shard_size": 10_000, "n_workers": 2})
+        process = SERVER.Process(target=packing.pack, args=(annotation, out), kwargs={"shard_size": 10_000, "n_workers": 2})
         process.start()
         while process.is_alive() and len(list(out.glob("*.tar"))) < n_before:
             time.sleep(0.001)
@@ -235,21 +236,21 @@ def test_killed_at_random_moments(tmp_path):
             assert path.read_bytes() == whole[path.name]
     assert -signal.SIGKILL in statuses
     (out / "tmp+train-00001.tar").write_bytes(b"half")
-    packs.pack(annotation, out, shard_size=10_000, n_workers=2)
+    packing.pack(annotation, out, shard_size=10_000, n_workers=2)
     assert contents(out) == whole
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}.items()
 
 
 def test_what_is_not_whole_is_written_again(tmp_path):
     annotation = write_files(tmp_path, 30)
-    out = packs.pack(annotation, tmp_path / "packs", shard_size=10_000).parent
+    out = packing.pack(annotation, tmp_path / "packs", shard_size=10_000).parent
     whole = contents(out)
     assert len(whole) >= 2 * 4 + 1
 
     def check(changed):
         for shard in out.glob("*.tar"):
             os.utime(shard, (1, 1))
-        packs.pack(annotation, out, shard_size=10_000)
+        packing.pack(annotation, out, shard_size=10_000)
         assert {path.name for path in out.glob("*.tar") if path.stat().st_mtime != 1} == changed
 
     check(set())
@@ -263,33 +264,33 @@ def test_what_is_not_whole_is_written_again(tmp_path):
     file, index = tmp_path / "files" / "3.wav", packs.index_of(out / "train-00000.tar")
     file.write_bytes(file.read_bytes()[::-1])
     os.utime(file, ns=(0, index.stat().st_mtime_ns + 1))
-    packs.pack(annotation, out, shard_size=10_000)
+    packing.pack(annotation, out, shard_size=10_000)
     assert packs.read(packs.locate(paths_in(out / "train.csv")[3])) == file.read_bytes()
     # fewer packs: those beyond go
-    packs.pack(annotation, out, shard_size=20_000)
-    packs.pack(annotation, tmp_path / "again", shard_size=20_000)
+    packing.pack(annotation, out, shard_size=20_000)
+    packing.pack(annotation, tmp_path / "again", shard_size=20_000)
     assert contents(out) == contents(tmp_path / "again")
 
 
 def test_full_disk(tmp_path):
     annotation = write_files(tmp_path, 60)
-    packs.pack(annotation, tmp_path / "whole", shard_size=30_000)
+    packing.pack(annotation, tmp_path / "whole", shard_size=30_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, limits[1]))
     try:
         with pytest.raises(InputError, match=rf"\.tar: cannot be written \({os.strerror(errno.EFBIG)}.*make room"):
-            packs.pack(annotation, tmp_path / "packs", shard_size=30_000)
+            packing.pack(annotation, tmp_path / "packs", shard_size=30_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "packs").glob("*.tar"))
     assert not (tmp_path / "packs" / "train.csv").exists()
-    packs.pack(annotation, tmp_path / "packs", shard_size=30_000)
+    packing.pack(annotation, tmp_path / "packs", shard_size=30_000)
     assert contents(tmp_path / "packs") == contents(tmp_path / "whole")
 
 
 def test_an_error_or_an_interrupt_stops_all_threads(tmp_path, monkeypatch):
-    annotation, read, calls = write_files(tmp_path, 60), packs._bytes_of, []
-    packs.pack(annotation, tmp_path / "whole", shard_size=10_000)
+    annotation, read, calls = write_files(tmp_path, 60), packing._bytes_of, []
+    packing.pack(annotation, tmp_path / "whole", shard_size=10_000)
 
     def fail(error):
         def bytes_of(clip, path, size):
@@ -299,7 +300,7 @@ def test_an_error_or_an_interrupt_stops_all_threads(tmp_path, monkeypatch):
             return read(clip, path, size)
 
         calls.clear()
-        monkeypatch.setattr(packs, "_bytes_of", bytes_of)
+        monkeypatch.setattr(packing, "_bytes_of", bytes_of)
 
     for error, status in ((KeyboardInterrupt(), "Stopped. The same command goes on from here."), (InputError("broken"), 2)):
         fail(error)
@@ -307,15 +308,15 @@ def test_an_error_or_an_interrupt_stops_all_threads(tmp_path, monkeypatch):
         assert not (tmp_path / "packs" / "train.csv").exists()
         assert not list((tmp_path / "packs").glob("tmp+*"))
         assert len(calls) < 40
-    packs.pack(annotation, tmp_path / "packs", shard_size=10_000)
+    packing.pack(annotation, tmp_path / "packs", shard_size=10_000)
     assert contents(tmp_path / "packs") == contents(tmp_path / "whole")
 
 
 def test_labels_may_change(tmp_path):
     annotation = write_files(tmp_path, 5)
-    packed = packs.pack(annotation, tmp_path / "packs")
+    packed = packing.pack(annotation, tmp_path / "packs")
     annotation.write_text(annotation.read_text().replace("/t/x", "/t/y"))
-    packs.pack(annotation, tmp_path / "packs")
+    packing.pack(annotation, tmp_path / "packs")
     assert Manifest.from_csv(packed)[2]["labels"] == ["/m/2", "/t/y"]
 
 
@@ -388,7 +389,7 @@ def test_verify_finds_damage(tmp_path, capsys):
     assert status_of(annotation, "--out", tmp_path / "packs", "--shard-size", "0.02", "--workers", 3) == 0
     assert "is written" in capsys.readouterr().out
     other = write_files(tmp_path / "more", 20, seed=1).rename(tmp_path / "eval.csv")
-    packs.pack(other, tmp_path / "packs")
+    packing.pack(other, tmp_path / "packs")
     (tmp_path / "packs" / "class_labels_indices.csv").write_text("index,mid,display_name\n0,/m/1,Bell\n")
     assert damages(tmp_path / "packs", capsys) == []
     table = Manifest.from_csv(tmp_path / "packs" / "train.csv", tmp_path / "packs").table
@@ -446,7 +447,7 @@ def test_verify_finds_damage(tmp_path, capsys):
 
 def test_a_clip_that_changes_while_it_is_packed(tmp_path, monkeypatch):
     annotation = write_files(tmp_path, 12)
-    look = packs._look
+    look = packing._look
 
     def grow(paths, n_workers):
         found = look(paths, n_workers)
@@ -454,16 +455,16 @@ def test_a_clip_that_changes_while_it_is_packed(tmp_path, monkeypatch):
             file.write(b"more")
         return found
 
-    monkeypatch.setattr(packs, "_look", grow)
+    monkeypatch.setattr(packing, "_look", grow)
     with pytest.raises(InputError, match=r"5\.wav: the file of the clip 'clip 5' was changed while it was packed"):
-        packs.pack(annotation, tmp_path / "packs")
+        packing.pack(annotation, tmp_path / "packs")
     assert [path.name for path in (tmp_path / "packs").iterdir()] == [".lock"]
 
 
 def test_two_million_clips_are_shared_out_by_whole_arrays():
     sizes = np.random.default_rng(0).integers(200_000, 400_000, 2_000_000)
-    bounds = packs.shard_bounds(sizes, 10**9)
-    totals = np.add.reduceat(512 + packs.padded(sizes), bounds[:-1])
+    bounds = packing.shard_bounds(sizes, 10**9)
+    totals = np.add.reduceat(512 + packing.padded(sizes), bounds[:-1])
     assert bounds[0] == 0
     assert bounds[-1] == len(sizes)
     assert totals.max() <= 10**9
@@ -475,7 +476,7 @@ def packed_run(tiny_run, mini_data, tmp_path_factory):
     """Packs of the tiny run's clips."""
     out = tmp_path_factory.mktemp("mini_packs")
     for name in ("train.csv", "eval.csv"):
-        packs.pack(tiny_run[0] / name, out, mini_data, shard_size=100_000)
+        packing.pack(tiny_run[0] / name, out, mini_data, shard_size=100_000)
     assert len(list(out.glob("train-*.tar"))) > 2
     return out
 

@@ -1,10 +1,15 @@
 """What a run does with sound files that cannot be read: it stops, or it goes on and lists them."""
 
 import csv
+import io
 from pathlib import Path
+
+from speechbrain.utils.logger import get_logger
 
 from psla_sb.dataio.audio import AudioError
 from psla_sb.errors import InputError
+
+logger = get_logger(__name__)
 
 POLICIES = ("error", "skip")
 FILE = "bad_clips.csv"
@@ -72,7 +77,8 @@ class BadClips:
         InputError
             More than 1 % of the set's clips cannot be read.
         """
-        if self.name == "train":
+        # only those that are drawn can be replaced
+        if hasattr(batch, "skipped"):
             check_audio(batch)
             found = [clip for clips in batch.skipped for clip in clips]
         else:
@@ -83,10 +89,14 @@ class BadClips:
             self._read()
             if clip not in self.known:
                 self._write(clip, error)
-                self._read()
+                self.known.add(clip)
+                logger.warning(
+                    "%s (so far %d of the %d clips of the %s set; %s lists them)",
+                    *(error, len(self.known), self.n_clips, self.name, self.file),
+                )
         if len(self.known) > MOST * self.n_clips:
             raise InputError(
-                f"{len(self.known)} of the {self.n_clips} clips of the {self.name} set cannot be read, which is more than "
+                f"At least {len(self.known)} of the {self.n_clips} clips of the {self.name} set cannot be read, which is more than "
                 f"{MOST:.0%}; {self.file} lists them. Mend these files, or take them out of the annotation; then delete that list."
             )
 
@@ -106,7 +116,8 @@ class BadClips:
             stream.seek(self.n_read)
             rows = stream.read()
             self.n_read = stream.tell()
-        self.known.update(row[1] for row in csv.reader(rows.splitlines()) if row[0] == self.name)
+        # a kill may have cut the last row, and a person may have edited the list
+        self.known.update(row[1] for row in csv.reader(io.StringIO(rows, newline="")) if row[:1] == [self.name] and len(row) > 1)
 
 
 def audio_check(policy, folder, name, n_clips):

@@ -3,6 +3,8 @@
 A worker decodes, subtracts the clip's mean and cuts; features are computed on the device, a whole batch at a time.
 """
 
+import ctypes
+import functools
 import gc
 import signal
 
@@ -11,7 +13,7 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, read_clip
@@ -22,6 +24,9 @@ STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", 
 OUTPUT_KEYS = ["id", "index", "sig", "target", "partner", "error"]
 CROPS = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 2**28
 
 
 class TaggingDataset(DynamicItemDataset):
@@ -128,6 +133,32 @@ class TaggingDataset(DynamicItemDataset):
         return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
 
 
+def pad_right(tensors):
+    """SpeechBrain's `batch_pad_right` for vectors, but a worker copies each only once, into memory that it shares.
+
+    Arguments
+    ---------
+    tensors : list of torch.Tensor
+        `[samples]` each.
+
+    Returns
+    -------
+    (torch.Tensor, torch.Tensor)
+        `[batch, most samples]`, with zeros after the shorter ones; and relative lengths `[batch]`.
+
+    Example
+    -------
+    >>> pad_right([torch.ones(1), torch.ones(2)])
+    (tensor([[1., 0.], [1., 1.]]), tensor([0.5000, 1.0000]))
+    """
+    most = max(map(len, tensors))
+    padded = [t if len(t) == most else torch.nn.functional.pad(t, (0, most - len(t))) for t in tensors]
+    return default_collate(padded), torch.tensor([len(t) / most for t in tensors])
+
+
+collate = functools.partial(PaddedBatch, padding_func=pad_right)
+
+
 def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="first"):
     """A loader of clips without their labels.
 
@@ -162,7 +193,7 @@ def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="
     return DataLoader(
         TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples, crop=crop),
         batch_sampler=batches,
-        collate_fn=PaddedBatch,
+        collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=init_worker,
     )
@@ -172,6 +203,7 @@ def init_worker(worker_id):
     """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means. It must call `end_workers`.
 
     What the worker has inherited is left out of garbage collection, which writes to all objects, and so would copy their memory.
+    Of the memory that clips have had, it keeps what the next batch needs: asking the system for it anew takes longer than decoding.
 
     Example
     -------
@@ -180,6 +212,10 @@ def init_worker(worker_id):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     gc.freeze()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def end_workers():

@@ -19,7 +19,7 @@ from psla_sb.labels.label_sets import LabelSets
 
 COLUMNS = {"ID": pa.string(), "wav": pa.string(), "duration": pa.float64(), "labels": pa.string()}
 ROOTS = ("{data_root}", "$data_root")  # as in SpeechBrain's JSON files, and as in its CSV files
-READ_BLOCK_SIZE = 1 << 22  # bytes
+READ_BLOCK_SIZE, LONGEST_ROW = 1 << 22, 1 << 26  # bytes
 
 
 class Manifest:
@@ -92,16 +92,12 @@ class Manifest:
         '/data/a.wav'
         """
         try:
-            # the streaming reader holds one block at a time
-            with pyarrow.csv.open_csv(
-                path,
-                read_options=pyarrow.csv.ReadOptions(block_size=READ_BLOCK_SIZE),
-                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=False),
-                convert_options=pyarrow.csv.ConvertOptions(
-                    column_types=COLUMNS, include_columns=list(COLUMNS), include_missing_columns=True, strings_can_be_null=False
-                ),
-            ) as reader:
-                table = reader.read_all()
+            try:
+                table = _read_table(path, READ_BLOCK_SIZE)
+            except pa.ArrowInvalid as error:
+                if "block" not in str(error):
+                    raise
+                table = _read_table(path, LONGEST_ROW)
         except FileNotFoundError:
             raise InputError(f"{path}: no such annotation file.") from None
         except (pa.ArrowInvalid, OSError) as error:
@@ -335,3 +331,17 @@ class Manifest:
         joined = pc.binary_join(pa.LargeListArray.from_arrays(pa.array(label_sets.offsets, pa.int64()), mids), ";")
         column = self.table.column_names.index("labels")
         return Manifest(self.table.set_column(column, "labels", joined), self.data_root, self.source)
+
+
+def _read_table(path, block_size):
+    """The columns of an annotation CSV; a block holds at least a row."""
+    # the streaming reader holds one block at a time
+    with pyarrow.csv.open_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(block_size=block_size),
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=False),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=COLUMNS, include_columns=list(COLUMNS), include_missing_columns=True, strings_can_be_null=False
+        ),
+    ) as reader:
+        return reader.read_all()

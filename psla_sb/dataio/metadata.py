@@ -1,6 +1,7 @@
 """The official files of AudioSet that recipes need beside the clips: class list, ontology, segment lists."""
 
 import hashlib
+from http.client import HTTPException
 from pathlib import Path
 
 from speechbrain.utils.data_utils import download_file
@@ -65,7 +66,7 @@ def fetch_metadata(paths):
         with atomic_write(path) as temporary:
             try:
                 download_file(url, str(temporary), replace_existing=True)
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 raise InputError(f"{path}: no such file, and {url} cannot be downloaded: {error}. {remedy}") from None
             found = _n_lines(temporary) if isinstance(expected, int) else _sha256(temporary)
             if found != expected:

@@ -5,8 +5,6 @@ folder `audio`, or anywhere below the data folder if there is no such folder, at
 `<id>.wav`, `Y<id>.wav`, `<id>_<start>_<end>.wav` (or .flac, .mp3, .ogg), where `<id>` is the YouTube ID of 11 characters.
 """
 
-import csv
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,10 +16,10 @@ from speechbrain.dataio import audio_io
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.audio import AUDIO_SUFFIXES
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.metadata import fetch_metadata
+from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
 from psla_sb.dataio.resample import resample_clips
 from psla_sb.errors import InputError
 
@@ -81,31 +79,27 @@ def prepare_audioset(
     2
     """
     sets = [(Path(train_annotation), train_segments), (Path(eval_annotation), eval_segments)]
-    data_folder = Path(data_folder)
+    data_folder = Path(os.path.abspath(data_folder))
     if not data_folder.is_dir():
         raise InputError(f"{data_folder}: no such folder; data_folder is where AudioSet's segment lists and clips are")
+    audio_folder = data_folder / "audio" if (data_folder / "audio").is_dir() else data_folder
+    copies = []
+    if resampled_folder:
+        resampled_folder = Path(os.path.abspath(resampled_folder))
+        copies = [str(resampled_folder), sample_rate]
+        if os.path.realpath(resampled_folder) == os.path.realpath(audio_folder):
+            raise InputError(
+                f"resampled_folder: {resampled_folder} has the clips themselves; choose another folder for their copies"
+            )
     lists = [data_folder / name for _, names in sets for name in names]
     fetch_metadata(lists)
-    copies = [str(resampled_folder), sample_rate] if resampled_folder else []
-    made_from = json.dumps([str(data_folder), *copies, *((str(path), path.stat().st_size, path.stat().st_mtime) for path in lists)])
-    stamps = [annotation.with_suffix(".made_from.json") for annotation, _ in sets]
-    if all(
-        annotation.exists() and stamp.exists() and stamp.read_text() == made_from
-        for (annotation, _), stamp in zip(sets, stamps, strict=True)
-    ):
-        logger.info(
-            "The annotations %s and %s are there already and are used as they are; if clips were added or removed since, delete "
-            "both, or choose another output folder, and they are made again.",
-            *(annotation for annotation, _ in sets),
-        )
+    made_from = origin(lists, str(data_folder), *copies)
+    if are_made([annotation for annotation, _ in sets], made_from):
         return
-    audio_folder = data_folder / "audio" if (data_folder / "audio").is_dir() else data_folder
-    ids, paths = find_clips(audio_folder)
-    for (annotation, names), stamp in zip(sets, stamps, strict=True):
+    ids, paths = find_clips(audio_folder, resampled_folder)
+    for annotation, names in sets:
         lists = [data_folder / name for name in names]
-        write_annotation(annotation, lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate)
-        with atomic_write(stamp) as temporary:
-            temporary.write_text(made_from)
+        write_clips(annotation, lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate, made_from)
 
 
 def read_segments(path):
@@ -145,8 +139,15 @@ def read_segments(path):
     return segments
 
 
-def find_clips(folder):
+def find_clips(folder, besides=None):
     """The sound files below a folder whose names tell which clip they are.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Where to look.
+    besides : Path, optional
+        A folder in it that is not looked into: that of the copies.
 
     Returns
     -------
@@ -161,30 +162,22 @@ def find_clips(folder):
     >>> find_clips(folder)[0].to_pylist()
     ['-abcdefghij', '_abcdefghij', 'Yabcdefghij']
     """
-    paths = pa.concat_arrays(
-        [
-            pa.array(
-                [
-                    # names that are not UTF-8 are no clips of AudioSet, but may lie about
-                    os.fsencode(os.path.relpath(os.path.join(top, name), folder)).decode(errors="replace")
-                    for name in names
-                    if name.lower().endswith(AUDIO_SUFFIXES)
-                ],
-                pa.string(),
-            )
-            for top, _, names in tqdm(
-                os.walk(folder, followlinks=True), desc=f"Looking for clips in {folder}", unit=" folders", disable=None
-            )
-        ]
-        or [pa.array([], pa.string())]
-    )
+    paths = [pa.array([], pa.string())]
+    for top, folders, names in tqdm(
+        os.walk(folder, followlinks=True), desc=f"Looking for clips in {folder}", unit=" folders", disable=None
+    ):
+        folders[:] = [name for name in folders if Path(top, name) != besides]
+        # names that are not UTF-8 are no clips of AudioSet, but may lie about
+        names = [os.fsencode(name).decode(errors="replace") for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
+        paths.append(pa.array([os.path.join(os.path.relpath(top, folder), name) for name in names], pa.string()))
+    paths = pc.replace_substring_regex(pa.concat_arrays(paths), r"^\./", "")
     paths = paths.take(pc.sort_indices(paths))
     ids = pc.struct_field(pc.extract_regex(pc.replace_substring_regex(paths, r"^.*/", ""), FILE_NAME), "id")
     return ids.filter(ids.is_valid()), paths.filter(ids.is_valid())
 
 
-def write_annotation(
-    annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder=None, sample_rate=16000
+def write_clips(
+    annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate, made_from
 ):
     """Writes the clips of segment lists that are there as an annotation, and `<annotation>_left_out.csv` with the others.
 
@@ -195,13 +188,15 @@ def write_annotation(
     segment_lists : list of Path
         Official segment lists.
     data_folder, audio_folder : Path
-        Paths in the annotation are relative to the former, `paths` to the latter.
+        Absolute; paths in the annotation are relative to the former, `paths` to the latter.
     ids, paths : pyarrow.Array
         The clips that there are, see `find_clips`.
     n_threads : int
         Files that are opened at a time.
     resampled_folder, sample_rate
         See `prepare_audioset`.
+    made_from : str
+        See `psla_sb.dataio.preparation.origin`.
 
     Raises
     ------
@@ -210,27 +205,28 @@ def write_annotation(
     """
     segments = pa.concat_arrays([read_segments(path) for path in segment_lists])
     wanted, mids = pc.struct_field(segments, "id").cast(pa.string()), pc.struct_field(segments, "mids").cast(pa.string())
-    places = pc.index_in(wanted, value_set=ids)
-    found = paths.take(places)
+    found = paths.take(pc.index_in(wanted, value_set=ids))
+    missing = found.is_null().to_numpy(zero_copy_only=False)
+    sources = pc.binary_join_element_wise(str(audio_folder), found, "/")
+    faults = {}
     if resampled_folder:
-        rows = np.flatnonzero(found.is_valid())
-        sources = found.drop_null()
+        rows = np.flatnonzero(~missing)
         found = pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ".flac")
-        durations = np.full(len(segments), np.nan)
-        seconds, _ = resample_clips(
-            pc.binary_join_element_wise(str(audio_folder), sources, "/"), found.drop_null(), resampled_folder, sample_rate
-        )
-        durations[rows] = np.nan_to_num(seconds)
+        durations = np.zeros(len(segments))
+        durations[rows], errors = resample_clips(sources.drop_null(), found.drop_null(), resampled_folder, sample_rate)
+        faults = {rows[i]: error for i, error in errors.items()}
     else:
         durations = durations_of(found, audio_folder, n_threads, annotation.name)
-    missing, usable = np.isnan(durations), durations > 0
-    left_out = annotation.with_name(f"{annotation.stem}_left_out.csv")
-    with atomic_write(left_out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["ID", "reason", "file"])
+    usable = durations > 0
+
+    def left_out():
         for row in np.flatnonzero(~usable):
-            reason = "no file" if missing[row] else "cannot be read as sound, or is empty"
-            writer.writerow([wanted[row], reason, "" if missing[row] else os.path.join(audio_folder, found[row].as_py())])
+            if missing[row]:
+                yield wanted[row], "no file", ""
+            else:
+                reason = faults.get(row, "cannot be read as sound, or is empty").removeprefix(f"{sources[row]}: ")
+                yield wanted[row], reason, sources[row]
+
     names = " + ".join(path.name for path in segment_lists)
     summary = f"{names}: {len(segments)} clips, {usable.sum()} usable, {missing.sum()} without a file, "
     summary += f"{(~usable & ~missing).sum()} that cannot be read"
@@ -241,15 +237,15 @@ def write_annotation(
             f"{'none' if missing.all() else 'no readable one'} of a clip in the list."
         )
     keep = pa.array(usable)
-    prefix = os.path.join("{data_root}", os.path.relpath(resampled_folder or audio_folder, data_folder), "").replace("/./", "/")
-    Manifest.from_columns(
+    manifest = Manifest.from_columns(
         wanted.filter(keep),
-        pc.binary_join_element_wise(prefix, found.filter(keep), ""),
+        pc.binary_join_element_wise(in_annotation(resampled_folder or audio_folder, data_folder), found.filter(keep), ""),
         durations[usable].round(3),
         pc.replace_substring(mids.filter(keep), ",", ";"),
         source=annotation,
-    ).to_csv(annotation)
-    logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {left_out}")
+    )
+    listed = write_annotation(annotation, manifest, left_out(), made_from)
+    logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {listed}")
 
 
 def durations_of(paths, folder, n_threads=8, name=""):

@@ -5,8 +5,6 @@ The official folders lie in the data folder as they are unpacked: `FSD50K.ground
 parts of dev.
 """
 
-import csv
-import json
 import os
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from speechbrain.utils.logger import get_logger
 
 from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
 from psla_sb.dataio.resample import resample_clips
 from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
@@ -97,17 +96,8 @@ def prepare_fsd50k(
     vocabulary = read_vocabulary(files["vocabulary"])
     with atomic_write(class_list) as temporary:
         vocabulary.to_csv(temporary)
-    versions = [(str(path), path.stat().st_size, path.stat().st_mtime) for path in files.values()]
-    made_from = json.dumps([str(data_folder), str(resampled_folder), sample_rate, *versions])
-    stamps = [annotation.with_suffix(".made_from.json") for annotation in annotations.values()]
-    if all(path.exists() for path in annotations.values()) and all(
-        stamp.exists() and stamp.read_text() == made_from for stamp in stamps
-    ):
-        logger.info(
-            "The annotations %s, %s and %s are there already and are used as they are; if clips were added or removed since, "
-            "delete them, or choose another output folder, and they are made again.",
-            *annotations.values(),
-        )
+    made_from = origin(files.values(), str(data_folder), str(resampled_folder), sample_rate)
+    if are_made(annotations.values(), made_from):
         return
     tables = {name: read_ground_truth(files[name], vocabulary) for name in ("dev", "eval")}
     for name in tables:
@@ -131,19 +121,25 @@ def prepare_fsd50k(
     durations, errors = resample_clips(
         pa.concat_arrays(sources), pa.concat_arrays(list(targets.values())), resampled_folder, sample_rate, n_workers
     )
-    inside = resampled_folder.is_relative_to(data_folder)
-    prefix = f"{Path('{data_root}', resampled_folder.relative_to(data_folder)) if inside else resampled_folder}/"
+    prefix = in_annotation(resampled_folder, data_folder)
     start = 0
-    for (name, table), source, stamp in zip(clips.items(), sources, stamps, strict=True):
+    for (name, table), source in zip(clips.items(), sources, strict=True):
         stop = start + len(table)
         faults = {row - start: error for row, error in errors.items() if start <= row < stop}
-        wavs = pc.binary_join_element_wise(prefix, targets[name], "")
         listed = f"{files[SETS[name]]}, {name}: {len(table)} clips, {len(table) - len(faults)} usable"
         if len(faults) == len(table):
             raise InputError(f"{listed}; the first: {faults[0]}")
-        left_out = write_annotation(annotations[name], table, source, wavs, durations[start:stop], faults)
-        with atomic_write(stamp) as temporary:
-            temporary.write_text(made_from)
+        usable = np.isfinite(durations[start:stop])
+        keep = pa.array(usable)
+        manifest = Manifest.from_columns(
+            table["fname"].filter(keep).combine_chunks(),
+            pc.binary_join_element_wise(prefix, targets[name].filter(keep), ""),
+            durations[start:stop][usable].round(3),
+            pc.replace_substring(table["mids"].filter(keep), ",", ";").combine_chunks(),
+            source=annotations[name],
+        )
+        reasons = ((table["fname"][row], error.removeprefix(f"{source[row]}: "), source[row]) for row, error in faults.items())
+        left_out = write_annotation(annotations[name], manifest, reasons, made_from)
         listed += f"; those left out are listed in {left_out}" if faults else ""
         missing = (expected_clips or {}).get(name, len(table)) - len(table) + len(faults)
         if missing:
@@ -249,53 +245,3 @@ def read_ground_truth(path, vocabulary):
     # refuses repeated names and unknown labels
     Manifest.from_columns(fnames, fnames, [None] * len(table), labels, source=path).label_sets(vocabulary)
     return table
-
-
-def write_annotation(annotation, table, sources, wavs, durations, faults):
-    """Writes the clips that can be used as an annotation, and `<annotation>_left_out.csv` with the others.
-
-    Arguments
-    ---------
-    annotation : Path
-        The CSV file to write.
-    table : pyarrow.Table
-        Columns `fname` and `mids`.
-    sources, wavs : pyarrow.Array
-        The clips' own files, and those that go into the annotation.
-    durations : np.ndarray
-        Seconds.
-    faults : dict of int to str
-        What is wrong with the clips that cannot be used.
-
-    Returns
-    -------
-    Path
-        The list of those left out.
-
-    Example
-    -------
-    >>> table = pa.table({"fname": ["7", "8"], "mids": ["/m/1,/m/2", "/m/2"]})
-    >>> sources, wavs = pa.array(["7.wav", "8.wav"]), pa.array(["7.flac", "8.flac"])
-    >>> path = getfixture("tmp_path") / "eval.csv"
-    >>> left_out = write_annotation(path, table, sources, wavs, np.array([0.5, np.nan]), {1: "8.wav: no such file"})
-    >>> path.read_text().splitlines()[1], left_out.read_text().splitlines()[1]
-    ('"7","7.flac",0.5,"/m/1;/m/2"', '8,no such file,8.wav')
-    """
-    left_out = annotation.with_name(f"{annotation.stem}_left_out.csv")
-    with atomic_write(left_out) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["ID", "reason", "file"])
-        writer.writerows(
-            [table["fname"][row], error.removeprefix(f"{sources[row]}: "), sources[row]] for row, error in faults.items()
-        )
-    usable = np.ones(len(table), bool)
-    usable[list(faults)] = False
-    keep = pa.array(usable)
-    Manifest.from_columns(
-        table["fname"].filter(keep).combine_chunks(),
-        wavs.filter(keep),
-        durations[usable].round(3),
-        pc.replace_substring(table["mids"].filter(keep), ",", ";").combine_chunks(),
-        source=annotation,
-    ).to_csv(annotation)
-    return left_out

@@ -269,10 +269,10 @@ def test_a_separate_test_set_is_scored_in_one_pass(mini_data, tiny_run, tmp_path
     """With the validation clips as the test set every figure is known from the validation, which goes another way."""
     calls, decoded, score, read_clip = [], [], evaluation.score, dataset.read_clip
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dataset, "read_clip", lambda *clip: decoded.append(clip) or read_clip(*clip))
-            return calls.append(list(args[0])) or score(*args)
+            return calls.append(list(args[0])) or score(*args, **kwargs)
 
     monkeypatch.setattr(evaluation, "score", counting)
     (tmp_path / "test.csv").write_bytes((tiny_run[0] / "eval.csv").read_bytes())

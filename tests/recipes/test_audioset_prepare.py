@@ -196,7 +196,7 @@ def test_second_time_nothing_is_done_and_the_message_says_how_to_do_it_again(pre
     with caplog.at_level(logging.INFO):
         assert len(prepare.again()) == 1
     assert [path.stat().st_mtime_ns for path in annotations] == before
-    assert "if clips were added or removed since, delete both" in caplog.text
+    assert "if clips were added or removed since, delete them" in caplog.text
     for path in annotations:
         path.unlink()
     assert len(prepare.again()) == 2
@@ -232,6 +232,34 @@ def test_copies_at_the_sample_rate_of_the_model(prepare, tmp_path):
     copy, rate = soundfile.read(clips[0]["wav"], dtype="float32")
     assert rate == 16000
     np.testing.assert_allclose(copy, read_audio(tmp_path / "audio" / "sub" / "Yabcdefghijk_0.000_10.000.wav"), atol=2**-15)
-    left_out = (tmp_path / "out" / "train_left_out.csv").read_text()
-    assert 'broken_____,"cannot be read as sound, or is empty"' in left_out
-    assert "missing____,no file" in left_out
+    _, broken, missing = (tmp_path / "out" / "train_left_out.csv").read_text().splitlines()
+    assert broken.startswith("broken_____,cannot be decoded as sound (")
+    assert broken.endswith(f",{tmp_path / 'audio' / 'broken_____.mp3'}")
+    assert missing == "missing____,no file,"
+
+
+def test_copies_are_not_taken_for_clips_nor_put_in_their_place(prepare, tmp_path):
+    prepare(["abcdefghijk"], ["abcdefghijk.flac"], top="")
+    first, second = (
+        (tmp_path / f"out{i}" / "train.csv", ["train.csv"], tmp_path / f"out{i}" / "eval.csv", ["eval.csv"]) for i in (1, 2)
+    )
+    # before the clips in the order of paths
+    prepare_audioset(tmp_path, *first, resampled_folder=tmp_path / "16k")
+    prepare_audioset(tmp_path, *second, resampled_folder=tmp_path / "16k")
+    assert second[0].read_bytes() == first[0].read_bytes()
+    assert sorted(path.name for path in (tmp_path / "16k").iterdir()) == [".lock", "abcdefghijk.flac", "evaluation1.flac"]
+    with pytest.raises(InputError, match="has the clips themselves"):
+        prepare_audioset(tmp_path, *second, resampled_folder=tmp_path)
+    assert soundfile.info(tmp_path / "abcdefghijk.flac").samplerate == 8000
+
+
+def test_copies_elsewhere_are_found_from_a_linked_data_folder(prepare, tmp_path):
+    prepare(["abcdefghijk"], ["abcdefghijk.wav"])
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    linked, out = tmp_path / "a" / "b" / "data", tmp_path / "out"
+    linked.symlink_to(tmp_path)
+    arguments = (out / "train.csv", ["train.csv"], out / "eval.csv", ["eval.csv"])
+    prepare_audioset(linked, *arguments, resampled_folder=tmp_path / "a" / "16k")
+    clip = Manifest.from_csv(out / "train.csv", data_root=linked)[0]
+    assert clip["wav"] == str(tmp_path / "a" / "16k" / "abcdefghijk.flac")
+    assert os.path.isfile(clip["wav"])
