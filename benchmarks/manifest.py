@@ -118,7 +118,7 @@ def main():
             rows += len(next(loader).id)
             most = max(most, private_megabytes(worker) if rows % 3000 == 0 else 0.0)
         print(
-            f"a worker after its first batch: {before:.0f} MB of its own; through {rows:,} rows at most {most - before:.0f} MB more "
+            f"a worker after its first batch: {before:.0f} MB of its own; in {rows:,} rows at most {most - before:.0f} MB more "
             f"(bound: 60 MB), {rows / (time.perf_counter() - start):.0f} rows/s of clips of 10 ms"
         )
 

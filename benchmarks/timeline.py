@@ -34,13 +34,13 @@ def write_recording(path, minutes, names, seed=0):
     return known
 
 
-def measure(model, path, known, threshold, queue):
+def measure(model, path, known, hop, threshold, queue):
     """Puts seconds, peak memory in MB, and the errors of the onsets in seconds, infinite for events that were not found."""
     from psla_sb.inference import AudioTagger
 
     tagger = AudioTagger.from_folder(model, run_opts={"device": "cpu"})
     begin = time.perf_counter()
-    timeline = tagger.tag_timeline(path)
+    timeline = tagger.tag_timeline(path, hop=hop)
     took = time.perf_counter() - begin
     found = tagger.events(timeline, threshold)
     errors = []
@@ -54,6 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of a tagger")
     parser.add_argument("--minutes", type=float, nargs="+", default=[1, 60], help="lengths of the recordings (default: 1 60)")
+    parser.add_argument("--hop", type=float, default=1.0, help="seconds from a window to the next (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.3, help="of an event (default: %(default)s)")
     parser.add_argument(
         "--classes", nargs="+", default=["Drum", "Church bell", "Dial tone", "Chirp, tweet"], help="whose events are put in"
@@ -64,12 +65,13 @@ def main():
         for minutes in options.minutes:
             path, queue = Path(folder) / "recording.wav", context.Queue()
             known = write_recording(path, minutes, options.classes)
-            process = context.Process(target=measure, args=(options.model, path, known, options.threshold, queue))
+            process = context.Process(target=measure, args=(options.model, path, known, options.hop, options.threshold, queue))
             process.start()
             took, peak, errors = queue.get()
             process.join()
-            within = np.mean(np.array(errors) <= 0.5)
-            print(f"{minutes:g} min: {took:.1f} s, peak {peak:.0f} MB, {len(known)} events, onsets within 0.5 s: {within:.0%}")
+            found, within = np.isfinite(errors).mean(), np.mean(np.array(errors) <= 0.5)
+            print(f"{minutes:g} min: {took:.1f} s, peak {peak:.0f} MB, {len(known)} events, {found:.0%} of them found")
+            print(f"onsets within 0.5 s: {within:.0%}")
             by_class = {
                 name: round(float(np.mean([e <= 0.5 for (label, _), e in zip(known, errors, strict=True) if label == name])), 2)
                 for name in dict.fromkeys(label for label, _ in known)

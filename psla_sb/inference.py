@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import ruamel.yaml
 import torch
 from hyperpyyaml import load_hyperpyyaml
@@ -20,7 +19,7 @@ from psla_sb.errors import InputError
 from psla_sb.export import MODULES, definitions_text, label_encoder, read_definitions
 from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.timeline import Timeline, batches, events, overlapped, windows
+from psla_sb.timeline import Timeline, batches, events, joined, overlapped, windows
 
 # What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
 # Whole names: what begins with a known module's name can go on to anything that the module has imported.
@@ -390,7 +389,7 @@ class AudioTagger(SoundEncoder):
         if not paths:
             return
         # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
-        names = [path.encode("utf-8", "replace").decode() for path in paths]
+        names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in paths]
         manifest = Manifest.from_columns([str(row) for row in range(len(paths))], names, [0.0] * len(paths), [""] * len(paths))
         if self.n_samples is None:
             # a longer clip in the batch would lengthen what the classifier sees of this one
@@ -483,8 +482,7 @@ class AudioTagger(SoundEncoder):
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
         pieces = windows(read_blocks(path, self.hparams.sample_rate), n_samples, hop_samples)
-        scores = [part.numpy() for part in overlapped(self._window_scores(pieces, batch_size, path), hop_steps)]
-        scores = np.concatenate(scores)
+        scores = joined(overlapped(self._window_scores(pieces, batch_size, path), hop_steps))
         labels = [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
         return Timeline(self.step_times(len(scores)).numpy(), scores, labels, list(self.hparams.mids))
 

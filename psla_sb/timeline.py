@@ -194,6 +194,33 @@ def _sum(one, other):
     return total
 
 
+def joined(parts):
+    """The concatenation of many small tensors.
+
+    None of them is kept: each would pin a piece of the heap between the large tensors that come and go meanwhile, and with the
+    holes between them an hour of sound took hundreds of megabytes.
+
+    Arguments
+    ---------
+    parts : iterable of torch.Tensor
+        `[n, ...]` each, float32, on the CPU.
+
+    Returns
+    -------
+    np.ndarray
+        `[sum of n, ...]`
+
+    Example
+    -------
+    >>> joined([torch.zeros(2, 3), torch.ones(1, 3)]).shape
+    (3, 3)
+    """
+    values = bytearray()
+    for part in parts:
+        values += part.numpy().tobytes()
+    return np.frombuffer(values, np.float32).reshape(-1, *part.shape[1:])
+
+
 def top_classes(timeline, k):
     """Indices of the classes with the highest peaks, best first.
 
@@ -234,12 +261,16 @@ def overview(blocks, sample_rate, seconds, n_columns=1500):
     frames = max(1, math.ceil(seconds * sample_rate / shift / n_columns))  # a column
     column = frames * shift
     piece = column * max(1, 1000 // frames)
-    extremes, energies = [], []
-    for wave in windows(blocks, piece, piece):
-        wave = F.pad(wave, (0, -len(wave) % column))
-        extremes.append(torch.stack(torch.aminmax(wave.reshape(-1, column), dim=1), dim=1))
-        energies.append(fbank(F.pad(wave, (0, length - shift))[None])[0].reshape(-1, frames, 64).mean(1))
-    return torch.cat(extremes), torch.cat(energies), column / sample_rate
+
+    def columns():
+        for wave in windows(blocks, piece, piece):
+            wave = F.pad(wave, (0, -len(wave) % column))
+            extremes = torch.stack(torch.aminmax(wave.reshape(-1, column), dim=1), dim=1)
+            energies = fbank(F.pad(wave, (0, length - shift))[None])[0].reshape(-1, frames, 64).mean(1)
+            yield torch.cat([extremes, energies], dim=1)
+
+    table = torch.from_numpy(joined(columns()))
+    return table[:, :2], table[:, 2:], column / sample_rate
 
 
 def draw(path, timeline, sample_rate, picture, title):

@@ -1,5 +1,6 @@
 """Bad input of many kinds ends in a clear error or the right answer: never a crash, never a score that is no number."""
 
+import io
 import struct
 import tempfile
 from pathlib import Path
@@ -35,6 +36,15 @@ def wav(rate=16000, channels=1, bits=16, code=1, data=b"\0\1" * 8000, data_size=
         + struct.pack("<I", size)
         + data
     )
+
+
+def flac_of_many():
+    """The bytes of a FLAC file of half a second whose header has the highest number of samples."""
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(8000), 16000, format="FLAC")
+    content = bytearray(file.getvalue())
+    content[21:26] = bytes([content[21] | 15]) + b"\xff" * 4
+    return bytes(content)
 
 
 FLOATS = np.zeros(8000, "<f4")
@@ -85,6 +95,7 @@ HEADERS = {
     "fmt chunk too long": wav(fmt_size=60_000),
     "fmt chunk too short": wav(fmt_size=2),
     "a FLAC that begins only": b"fLaC" + bytes(100),
+    "a FLAC of 2^36 samples by its header": flac_of_many(),
     "an Ogg that begins only": b"OggS" + bytes(100),
     "an MP3 that begins only": b"\xff\xfb\x90\x64" + bytes(100),
     "an ID3 tag alone": b"ID3\x04\0\0\0\0\0\0",

@@ -112,3 +112,19 @@ def test_wrong_command_line(options, message, tiny_run, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
     assert status_of(tmp_path, "--out", tmp_path / "x") == 2
     assert "not the output folder of a run" in capsys.readouterr().err
+
+
+def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tagger = sensitive_tagger(tiny_run[0] / "tagger")
+    tagger.mods["compute_features"] = KaldiFbank(n_mels=32)
+    for conv in tagger.mods.classifier.att:
+        conv.weight.mul_(5)
+        conv.bias.fill_(-13.0)
+    export_onnx(tagger, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    # louder and fainter, so that the steps differ
+    loudness = torch.logspace(-4, 0, 48000) * torch.tensor([[0.3], [1.0]])
+    wavs = loudness * torch.randn(2, 48000, generator=torch.Generator().manual_seed(0))
+    (scores,) = session.run(None, {"waveform": wavs.numpy()})
+    np.testing.assert_allclose(scores, tagger.tag_batch(wavs), atol=5e-4)

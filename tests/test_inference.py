@@ -1,14 +1,21 @@
 """Loading taggers: what can be loaded, and what is refused."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import save_file
+from speechbrain.inference.classifiers import EncoderClassifier
+from speechbrain.utils.fetching import FetchConfig
 
+from psla_sb.checkpoints import load_weights
+from psla_sb.cli import export, tag
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.demo import listen
 from psla_sb.embedding import step_vectors
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
@@ -56,6 +63,79 @@ def test_run_snapshot_and_folder_are_the_same_tagger(tiny_run, mini_data):
     last = AudioTagger.from_experiment(folder, weights="last").tag_file(clip, top_k=39)
     scores = np.load(folder / "predictions" / "valid_epoch_02.npy")[3]
     np.testing.assert_allclose([tag.score for tag in last], sorted(scores, reverse=True), atol=1e-5)
+    scores = np.load(folder / "predictions" / "valid_weight_average.npy")[3]
+    np.testing.assert_allclose([tag.score for tag in expected], sorted(scores, reverse=True), atol=1e-5)
+
+
+@pytest.fixture
+def loud_run(lively_runs, tmp_path):
+    """A run whose classifier's heads together weigh more than 1, as training may leave them, so that some classes saturate."""
+    run = shutil.copytree(lively_runs / "a", tmp_path / "run")
+    weights = run / "snapshots" / "average.safetensors"
+    state = load_weights(weights)
+    state["classifier.head_weight"] *= 1.2
+    for head in range(len(state["classifier.head_weight"])):
+        state[f"classifier.cla.{head}.bias"][:10] += 9
+    weights.unlink()
+    save_file(state, weights)
+    return run
+
+
+def test_every_entry_point_tags_alike(loud_run, mini_data, tmp_path, capsys):
+    """Done-when: a run's tagger gives its evaluation files equal scores whichever way it is loaded and asked."""
+    manifest = Manifest.from_csv(loud_run / "eval.csv", data_root=mini_data)
+    clips = [manifest[i]["wav"] for i in range(len(manifest))]
+    folder, average = tmp_path / "tagger", loud_run / "snapshots" / "average.safetensors"
+    export([str(loud_run), "--out", str(folder)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        tag(["--model", str(folder), "--top-k", "39", "--format", "json", *clips])
+    assert caught.value.code == 0
+    answers = json.loads(capsys.readouterr().out)
+    tagger = AudioTagger.from_folder(folder)
+    loaded = {
+        "from_hparams": AudioTagger.from_hparams(source=str(folder), savedir=tmp_path / "saved"),
+        "from_experiment": AudioTagger.from_experiment(loud_run, "average"),
+        "from_snapshot": AudioTagger.from_snapshot(average),
+        "from_any, folder": AudioTagger.from_any(folder),
+        "from_any, run": AudioTagger.from_any(loud_run),
+        "from_any, snapshot": AudioTagger.from_any(average),
+    }
+    ways = {way: [scores_of(tagger, other.tag_file(clip, 39)) for clip in clips] for way, other in loaded.items()}
+    ways["listen"] = [scores_of(tagger, listen(tagger, clip).tags) for clip in clips]
+    ways["psla-tag"] = [[{row["mid"]: row["score"] for row in answers[clip]}[mid] for mid in tagger.hparams.mids] for clip in clips]
+    theirs = EncoderClassifier.from_hparams(source=str(folder), savedir=tmp_path / "theirs")
+    ways["EncoderClassifier"] = theirs.classify_batch(torch.stack([read_clip(clip) for clip in clips]))[0]
+    expected = np.array([scores_of(tagger, tagger.tag_file(clip, 39)) for clip in clips])
+    for way, scores in ways.items():
+        # these weights are noise, to which rounding matters more than to trained ones: there it is 2e-6
+        np.testing.assert_allclose(np.asarray(scores), expected, atol=3e-5, err_msg=way)
+    assert expected.max() == 1
+    assert expected.std(0).max() > 1e-3
+
+
+def test_a_repository_is_loaded_at_the_revision_that_is_asked_for(tiny_run, tmp_path):
+    """From Hugging Face's own cache, without a network: two revisions of somebody's tagger."""
+    revisions = {digit: digit * 40 for digit in "ab"}
+    for digit, revision in revisions.items():
+        folder = tmp_path / "models--somebody--tagger" / "snapshots" / revision
+        shutil.copytree(tiny_run[0] / "tagger", folder)
+        state = load_weights(folder / "classifier.ckpt")
+        state["cla.0.bias"] += ord(digit)
+        (folder / "classifier.ckpt").unlink()
+        save_file(state, folder / "classifier.ckpt")
+    for digit, revision in revisions.items():
+        for savedir in (None, tmp_path / digit):
+            config = FetchConfig(revision=revision, huggingface_cache_dir=str(tmp_path), allow_network=False)
+            tagger = AudioTagger.from_hparams("somebody/tagger", savedir=savedir, fetch_config=config)
+            bias = load_weights(tmp_path / "models--somebody--tagger" / "snapshots" / revision / "classifier.ckpt")["cla.0.bias"]
+            torch.testing.assert_close(tagger.mods.classifier.cla[0].bias, bias, rtol=0, atol=0)
+            assert len(tagger.tag_batch(torch.zeros(8000))[0]) == 39
+    with pytest.raises(Exception, match=r"cannot find|Cannot find"):
+        AudioTagger.from_hparams(
+            "somebody/tagger",
+            fetch_config=FetchConfig(revision="c" * 40, huggingface_cache_dir=str(tmp_path), allow_network=False),
+        )
 
 
 def test_what_is_no_tagger(tmp_path):
@@ -71,8 +151,8 @@ def test_what_is_no_tagger(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tagger(tiny_run):
-    return AudioTagger.from_folder(tiny_run[0] / "tagger")
+def tagger(lively_runs):
+    return AudioTagger.from_experiment(lively_runs / "a")
 
 
 @pytest.fixture(scope="module")

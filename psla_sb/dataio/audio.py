@@ -13,8 +13,8 @@ from psla_sb.dataio import packs
 from psla_sb.errors import InputError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-# what soundfile raises for one broken file or another
-DECODING_ERRORS = (soundfile.SoundFileError, OSError, TypeError)
+# what soundfile raises for one broken file or another; MemoryError for headers that promise too much
+DECODING_ERRORS = (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError)
 SAMPLE_RATES = range(1_000, 1_000_001)  # in Hz; others come from broken headers
 
 

@@ -92,7 +92,8 @@ class AttentionPooling(nn.Module):
         Returns
         -------
         torch.Tensor
-            `[batch, classes]`, float32. Not clamped: head weights that sum to more than 1 can push it out of [0, 1].
+            `[batch, classes]`, float32. Head weights that sum to more than 1 can push them out of [0, 1]; in evaluation mode they
+            are clamped to it.
         """
         with full_float32(feature_map.device):
             x, answer = _steps(feature_map), 0.0
@@ -100,7 +101,7 @@ class AttentionPooling(nn.Module):
                 attention = _sigmoid_of(att, x).clamp(1e-7, 1 - 1e-7)
                 pooled = (attention * _sigmoid_of(cla, x)).sum(1) / attention.sum(1)
                 answer = answer + weight * pooled
-        return answer
+        return answer if self.training else answer.clamp(0.0, 1.0)
 
     def segment_scores(self, feature_map):
         """Scores of each step, for timelines: the heads' c weighted with `head_weight`, clamped to [0, 1].
