@@ -25,6 +25,16 @@ def test_wav_subtypes(subtype, tolerance, tmp_path):
     np.testing.assert_allclose(wave, sine(RATE), atol=tolerance, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "FLAC", "AIFF"])
+def test_16_bits_are_the_floats_that_libsndfile_makes_of_them(container, channels, tmp_path):
+    samples = np.random.default_rng(0).integers(-(2**15), 2**15, (5000, channels)).astype(np.int16)
+    samples[:2] = [[-(2**15)], [2**15 - 1]]
+    soundfile.write(tmp_path / "a", samples, RATE, subtype="PCM_16", format=container)
+    expected = torch.from_numpy(soundfile.read(tmp_path / "a", dtype="float32", always_2d=True)[0]).mean(dim=1)
+    assert torch.equal(read_audio(tmp_path / "a"), expected)
+
+
 def test_flac(tmp_path):
     soundfile.write(tmp_path / "a.flac", sine(RATE), RATE, subtype="PCM_16")
     np.testing.assert_allclose(read_audio(tmp_path / "a.flac"), sine(RATE), atol=2**-15, rtol=0)

@@ -70,11 +70,11 @@ def read_audio(path, sample_rate=16000):
     """
     source = _source(path)
     try:
-        wave, rate = soundfile.read(source, dtype="float32", always_2d=True)
+        wave, rate = _decoded(source)
     except DECODING_ERRORS as error:
         raise AudioError(_undecoded(path, error)) from None
     _check_rate(path, rate)
-    wave = _mono(path, torch.from_numpy(wave))
+    wave = _mono(path, wave)
     if len(wave) == 0:
         raise AudioError(f"{path}: has no samples")
     return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
@@ -98,6 +98,15 @@ def _source(path):
         folder = "is a folder, not a sound file" if os.path.isdir(path) else "is a device or a pipe, not a sound file"
         raise AudioError(f"{path}: {folder if os.path.exists(path) else 'no such file'}")
     return str(path)
+
+
+def _decoded(source):
+    """`[samples, channels]`, float32, and the sample rate."""
+    with soundfile.SoundFile(source) as file:
+        if file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16":
+            # libsndfile makes floats of them in four times the time, the same ones
+            return torch.from_numpy(file.read(dtype="int16", always_2d=True)).float().mul_(2**-15), file.samplerate
+        return torch.from_numpy(file.read(dtype="float32", always_2d=True)), file.samplerate
 
 
 def _undecoded(path, error):
