@@ -131,6 +131,8 @@ def test_full_disk_is_an_error_and_not_a_broken_clip(tmp_path):
 
 def _resample(sources, targets, folder):
     multiprocessing.set_start_method("fork", force=True)
+    # ignored where the tests were started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     resample_clips(sources, targets, folder, n_workers=2)
 
 
