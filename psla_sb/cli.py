@@ -147,11 +147,11 @@ def _answers(tagger, files, options):
                 draw(path, timeline, tagger.hparams.sample_rate, options.plot, name)
             if options.events:
                 found = events(timeline, options.threshold or 0.5)
-                rows = [event._asdict() for event in found]
+                rows = [{**event._asdict(), "start": round(event.start, 3), "end": round(event.end, 3)} for event in found]
             elif options.timeline:
                 best = [c for c in top_classes(timeline, options.top_k) if timeline.scores[:, c].max() >= (options.threshold or 0)]
                 rows = [
-                    {"time": time, "label": timeline.labels[c], "mid": timeline.mids[c], "score": float(scores[c])}
+                    {"time": round(time, 3), "label": timeline.labels[c], "mid": timeline.mids[c], "score": float(scores[c])}
                     for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True)
                     for c in best
                 ]

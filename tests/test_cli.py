@@ -126,14 +126,15 @@ def test_timeline_events_and_plot(model, sounds, tmp_path, capsys):
     assert status_of(sounds[0], "--model", model, "--format", "jsonl", "--timeline", "--top-k", 2) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     best = top_classes(timeline, 2)
-    assert [(row["time"], row["label"]) for row in rows] == [(t, timeline.labels[c]) for t in timeline.times for c in best]
+    assert [(row["time"], row["label"]) for row in rows] == [(round(float(t), 3), timeline.labels[c]) for t in timeline.times for c in best]
     np.testing.assert_allclose([row["score"] for row in rows], timeline.scores[:, best].ravel(), atol=1e-6)
     threshold = float(np.median(timeline.scores.max(0)))
     picture = tmp_path / "picture.png"
     options = ["--format", "jsonl", "--events", "--threshold", threshold, "--plot", picture]
     assert status_of(sounds[0], "--model", model, *options) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert rows == [event._asdict() for event in events(timeline, threshold)]
+    found = [event._asdict() for event in events(timeline, threshold)]
+    assert rows == [{**event, "start": round(event["start"], 3), "end": round(event["end"], 3)} for event in found]
     assert rows
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert status_of(*sounds, "--model", model, "--plot", picture) == 2
