@@ -126,7 +126,9 @@ def test_timeline_events_and_plot(model, sounds, tmp_path, capsys):
     assert status_of(sounds[0], "--model", model, "--format", "jsonl", "--timeline", "--top-k", 2) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     best = top_classes(timeline, 2)
-    assert [(row["time"], row["label"]) for row in rows] == [(round(float(t), 3), timeline.labels[c]) for t in timeline.times for c in best]
+    assert [(row["time"], row["label"]) for row in rows] == [
+        (round(float(t), 3), timeline.labels[c]) for t in timeline.times for c in best
+    ]
     np.testing.assert_allclose([row["score"] for row in rows], timeline.scores[:, best].ravel(), atol=1e-6)
     threshold = float(np.median(timeline.scores.max(0)))
     picture = tmp_path / "picture.png"
