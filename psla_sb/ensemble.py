@@ -21,6 +21,7 @@ from psla_sb import experiment
 from psla_sb.aggregation import average_weights, front_end, score, stamp, update_batch_norm
 from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
+from psla_sb.command_line import load_hparams
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
@@ -103,7 +104,7 @@ def aggregate(hparams_file, run_opts, overrides):
         See the message.
     """
     run_opts = experiment.start_processes(run_opts)
-    hparams = experiment.load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
+    hparams = load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
     crop = experiment.crop_of("eval_crop", hparams)
     sources = find_members(hparams["runs"], hparams["members"], hparams["first_epoch"])
     vocabulary, manifest, selection, labels = _open_annotations(hparams)

@@ -4,7 +4,6 @@ The YAML declares the whole pipeline; the recipes in this repository are the exa
 """
 
 import dataclasses
-import difflib
 import errno
 import os
 import signal
@@ -12,16 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import ruamel.yaml
 import speechbrain as sb
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
-from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
+from psla_sb.command_line import CommandLine, load_hparams
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import CROPS, TaggingDataset, collate, end_workers, init_worker
 from psla_sb.dataio.manifest import Manifest
@@ -41,71 +38,6 @@ EXIT_INTERRUPTED = 75
 # a file size limit is how some clusters enforce a quota
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
-# used only at the end of a training of days.
-PATH_KEYS = ("data_folder", "output_folder", "class_list", "train_annotation", "valid_annotation")
-REQUIRED_KEYS = (
-    *PATH_KEYS,
-    *(
-        "seed",
-        "test_annotation",
-        "skip_prep",
-        "prepare",
-        "sample_rate",
-        "n_classes",
-        "n_frames",
-        "balanced_sampling",
-        "mixup_rate",
-        "label_enhancement",
-    ),
-    *("compute_features", "mean_var_norm", "mixup", "spec_augment", "embedding_model", "classifier", "modules"),
-    *("batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"),
-    *("average_start", "epoch_counter", "optimizer", "schedule", "train_logger", "checkpointer", "published"),
-)
-
-
-class CommandLine(RunOptions):
-    """SpeechBrain's command line, whose overrides of YAML keys keep `=` and `: ` in their values and cannot be abbreviated.
-
-    Example
-    -------
-    >>> file, run_opts, overrides = CommandLine.from_command_line_args(["psla.yaml", "--device=cpu", "--data_folder=/d/a=b"])
-    >>> file, run_opts["device"], overrides
-    ('psla.yaml', 'cpu', {'data_folder': '/d/a=b'})
-    """
-
-    @classmethod
-    def _create_parser(cls):
-        parser = RunOptions._create_parser()
-        parser.allow_abbrev = False
-        for action in parser._actions:
-            if action.dest == "optimizer_step_limit":
-                # SpeechBrain leaves it a string, which no step number is equal to or above
-                action.type = int
-        parser.description = "Trains a tagger as a YAML file says, and evaluates it. --KEY=VALUE overrides any key of the file."
-        return parser
-
-    @staticmethod
-    def _convert_to_yaml(overrides):
-        values, arguments = {}, list(overrides)
-        while arguments:
-            argument = arguments.pop(0)
-            if not argument.startswith("--"):
-                raise InputError(f"'{argument}': an override of a YAML key is written --KEY=VALUE")
-            key, equals, value = argument[2:].partition("=")
-            if not equals:
-                if not arguments or arguments[0].startswith("--"):
-                    raise InputError(f"'{argument}' has no value: an override of a YAML key is written --KEY=VALUE")
-                value = arguments.pop(0)
-            try:
-                values[key] = ruamel.yaml.YAML().load(value)
-            except ruamel.yaml.YAMLError:
-                values[key] = value
-            # a path with '#', ': ' or a date in it is text; so is all that is not meant as YAML
-            number = isinstance(values[key], (bool, int, float)) or values[key] is None
-            if not value.lstrip().startswith(("{", "[", "!", '"', "'")) and ("#" in value or not number):
-                values[key] = value
-        return values
 
 
 def main(recipe, arguments=None, job=None):
@@ -269,7 +201,7 @@ def start_processes(run_opts):
 
     Example
     -------
-    >>> start_processes(RunOptions.from_dictionary({"noprogressbar": True})).noprogressbar
+    >>> start_processes(CommandLine.from_dictionary({"noprogressbar": True})).noprogressbar
     True
     """
     defaults = {}
@@ -314,88 +246,6 @@ def prepare(hparams):
             f"pass --n_classes={len(vocabulary)}"
         )
     return vocabulary
-
-
-def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
-    """Builds what a YAML file describes.
-
-    Arguments
-    ---------
-    file : str or Path
-        The YAML file.
-    overrides : dict
-        Values that replace those of its keys.
-    required, paths : sequence of str
-        Keys that must be there, and those of them whose values must be paths; by default those of a training.
-
-    Raises
-    ------
-    InputError
-        The file is not YAML, an override names no key of it, a key that must be given is not, or something that the file
-        describes cannot be built.
-
-    Example
-    -------
-    >>> file = getfixture("tmp_path") / "psla.yaml"
-    >>> _ = file.write_text("\\n".join(f"{key}: x" for key in REQUIRED_KEYS))
-    >>> load_hparams(file, {"data_folder": "/data"})["data_folder"]
-    '/data'
-    >>> load_hparams(file, {"data_folder": "/data", "batchsize": 1})
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: ...psla.yaml has no key 'batchsize'. Did you mean 'batch_size'?
-    """
-    try:
-        keys = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
-    except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a YAML file: {error}") from None
-    if not isinstance(keys, dict):
-        raise InputError(f"{file}: has no keys; recipes/AudioSet/hparams/psla.yaml is an example of a recipe's file")
-    for key in overrides:
-        if key not in keys:
-            near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
-            raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near[0]}'?" if near else ""))
-    for key, value in keys.items():
-        if getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER" and key not in overrides:
-            what = (
-                "the folder with the data set, see the recipe's README.md" if key == "data_folder" else "see the key in that file"
-            )
-            raise InputError(f"{file} needs --{key}=... ({what}). Without any data, run hparams/mini.yaml: it makes its own.")
-    missing = [key for key in required if key not in keys]
-    if missing:
-        raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
-    # before anything is built: building makes folders
-    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
-    try:
-        with open(file, encoding="utf-8") as stream:
-            hparams = load_hyperpyyaml(stream, overrides)
-    except InputError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
-        reason = ": ".join(map(str, error.args)) or error
-        raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
-    check_paths(file, {key: hparams[key] for key in paths})
-    return hparams
-
-
-def check_paths(file, values):
-    """Refuses values of path keys that are no text.
-
-    Raises
-    ------
-    InputError
-        One is not.
-
-    Example
-    -------
-    >>> check_paths("mini.yaml", {"output_folder": 2024})
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: mini.yaml: the key 'output_folder' must be a path, not 2024 (a number needs quotes: '"2024"')
-    """
-    for key, value in values.items():
-        if not isinstance(value, str):
-            raise InputError(f"{file}: the key '{key}' must be a path, not {value!r} (a number needs quotes: '\"2024\"')")
 
 
 def tagging_dataset(name, hparams, vocabulary):

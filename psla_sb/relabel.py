@@ -15,6 +15,7 @@ from speechbrain.utils.distributed import if_main_process, run_on_main
 from psla_sb import experiment
 from psla_sb.aggregation import new_array, score
 from psla_sb.checkpoints import atomic_write
+from psla_sb.command_line import load_hparams
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.metadata import fetch_metadata
@@ -127,7 +128,7 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
     """
     run_opts = experiment.start_processes(run_opts)
     # the recipe's own encoder is not used: nothing is downloaded for it
-    hparams = experiment.load_hparams(hparams_file, {"pretrained": None, **overrides})
+    hparams = load_hparams(hparams_file, {"pretrained": None, **overrides})
     vocabulary = experiment.prepare(hparams)
     manifest = Manifest.from_file(hparams["train_annotation"], hparams["data_folder"])
     labels = manifest.label_sets(vocabulary)

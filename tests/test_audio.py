@@ -50,8 +50,6 @@ def peak_of(wave, rate=RATE):
 
 @pytest.mark.parametrize("ending", ["mp3", "ogg"])
 def test_lossy_formats(ending, tmp_path):
-    if ending.upper() not in soundfile.available_formats():
-        pytest.skip(f"this libsndfile cannot write {ending}")
     soundfile.write(tmp_path / f"a.{ending}", sine(RATE), RATE)
     frequency, level = peak_of(read_audio(tmp_path / f"a.{ending}"))
     assert frequency == pytest.approx(1000, abs=4)

@@ -14,8 +14,9 @@ import torch
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb import brain, ensemble, evaluation, experiment
+from psla_sb.command_line import REQUIRED_KEYS, CommandLine, load_hparams
 from psla_sb.errors import InputError
-from psla_sb.experiment import REQUIRED_KEYS, CommandLine, load_hparams, main
+from psla_sb.experiment import main
 from runs import REPOSITORY, TINY, TRAIN, command, run
 
 MINI = TRAIN.parent / "hparams" / "mini.yaml"

@@ -15,65 +15,11 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from psla_sb.dataio.mini_classes import CATEGORIES, CLASSES
 from psla_sb.dataio.mini_sounds import SOUNDS, coloured_noise, synthesise
 from psla_sb.errors import InputError
 
 VERSION = 1  # of the sounds and the layout: a folder that another version wrote is written again
-
-# AudioSet's classes, in the order of its class list: mid, display name, parents. Identifiers, names and relations are
-# AudioSet's; classes outside this excerpt are left out.
-CLASSES = (
-    ("/m/01jg02", "Heart sounds, heartbeat", ("Human sounds",)),
-    ("/m/015p6", "Bird", ()),
-    ("/m/020bb7", "Bird vocalization, bird call, bird song", ("Bird",)),
-    ("/m/07pggtn", "Chirp, tweet", ("Bird vocalization, bird call, bird song", "Brief tone")),
-    ("/m/04szw", "Musical instrument", ()),
-    ("/m/0fx80y", "Plucked string instrument", ("Musical instrument",)),
-    ("/m/018j2", "Banjo", ("Plucked string instrument",)),
-    ("/m/05148p4", "Keyboard (musical)", ("Musical instrument",)),
-    ("/m/013y1f", "Organ", ("Keyboard (musical)",)),
-    ("/m/0l14md", "Percussion", ("Musical instrument",)),
-    ("/m/026t6", "Drum", ("Percussion",)),
-    ("/m/0395lw", "Bell", ("Musical instrument", "Sounds of things")),
-    ("/m/03w41f", "Church bell", ("Bell",)),
-    ("/m/0jb2l", "Thunderstorm", ("Natural sounds",)),
-    ("/m/0ngt1", "Thunder", ("Thunderstorm",)),
-    ("/m/0838f", "Water", ("Natural sounds",)),
-    ("/m/06mb1", "Rain", ("Water",)),
-    ("/m/07r10fb", "Raindrop", ("Rain",)),
-    ("/m/05kq4", "Ocean", ("Water",)),
-    ("/m/034srq", "Waves, surf", ("Ocean",)),
-    ("/m/04qvtq", "Police car (siren)", ("Siren",)),
-    ("/m/02mk9", "Engine", ("Sounds of things",)),
-    ("/t/dd00065", "Light engine (high frequency)", ("Engine",)),
-    ("/t/dd00067", "Heavy engine (low frequency)", ("Engine",)),
-    ("/m/07pp_mv", "Alarm", ("Sounds of things",)),
-    ("/m/07cx4", "Telephone", ("Alarm",)),
-    ("/m/015jpf", "Dial tone", ("Telephone",)),
-    ("/m/01z47d", "Busy signal", ("Telephone",)),
-    ("/m/03kmc9", "Siren", ("Alarm",)),
-    ("/m/0dgbq", "Civil defense siren", ("Siren",)),
-    ("/t/dd00077", "Mechanisms", ("Sounds of things",)),
-    ("/m/01x3z", "Clock", ("Mechanisms",)),
-    ("/m/07qjznl", "Tick-tock", ("Clock",)),
-    ("/m/01v_m0", "Sine wave", ("Other sourceless",)),
-    ("/m/0hdsk", "Chirp tone", ("Sine wave",)),
-    ("/m/096m7z", "Noise", ("Channel, environment and background",)),
-    ("/m/07rgkc5", "Static", ("Background noise",)),
-    ("/m/0chx_", "White noise", ("Noise",)),
-    ("/m/0cj0r", "Pink noise", ("Noise",)),
-)
-# Entries of the ontology that are no classes: mid, name, parents, restrictions.
-CATEGORIES = (
-    ("/m/0dgw9r", "Human sounds", (), ["abstract"]),
-    ("/m/059j3w", "Natural sounds", (), ["blacklist"]),
-    ("/t/dd00041", "Sounds of things", (), ["blacklist"]),
-    ("/t/dd00098", "Source-ambiguous sounds", (), ["abstract"]),
-    ("/t/dd000138", "Brief tone", (), ["abstract"]),
-    ("/t/dd00122", "Other sourceless", ("Source-ambiguous sounds",), ["abstract"]),
-    ("/t/dd00123", "Channel, environment and background", (), ["abstract"]),
-    ("/m/093_4n", "Background noise", ("Noise",), []),
-)
 
 LEAVES = tuple(SOUNDS)
 TAIL_RATIO = 14.0  # expected frequency of the commonest leaf class over the rarest, in training

@@ -9,7 +9,8 @@ import csv
 import numpy as np
 import soundfile
 
-from psla_sb.dataio.mini import CLASSES, MIDS, closed_upward, plan_events, render_clip, write_once, write_ontology
+from psla_sb.dataio.mini import MIDS, closed_upward, plan_events, render_clip, write_once, write_ontology
+from psla_sb.dataio.mini_classes import CLASSES
 
 VERSION = 1  # of the layout: a folder that another version wrote is written again
 SHORTEST = 0.3  # seconds, as in FSD50K

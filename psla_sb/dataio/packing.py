@@ -109,17 +109,17 @@ def _pack(manifest, annotation, packed, shard_size, n_workers, leave_out):
             raise InputError(f"{shard}: is there already, without its index. Choose another folder, or delete this file")
     _sweep(out, name, shards)
     ids, slices = table["ID"].combine_chunks(), [slice(*pair) for pair in itertools.pairwise(bounds)]
-    todo = [
+    unwritten = [
         (shard, rows)
         for shard, rows in zip(shards, slices, strict=True)
         if not is_whole(shard, ids[rows], sizes[rows], changed[rows].max())
     ]
-    if todo:
+    if unwritten:
         packed.unlink(missing_ok=True)
     stop = threading.Event()
     with tqdm(total=sizes.sum(), desc=packed.name, unit="B", unit_scale=True, disable=None) as bar:
-        bar.update(sizes.sum() - sum(sizes[rows].sum() for _, rows in todo))
-        jobs = ((shard, ids[rows], paths[rows], sizes[rows], stop, bar) for shard, rows in todo)
+        bar.update(sizes.sum() - sum(sizes[rows].sum() for _, rows in unwritten))
+        jobs = ((shard, ids[rows], paths[rows], sizes[rows], stop, bar) for shard, rows in unwritten)
         for _ in in_threads(_write, jobs, n_workers, stop):
             pass
     wavs = [_places(shard) for shard in shards]

@@ -11,7 +11,8 @@ from speechbrain import Stage
 
 from psla_sb.brain import FIGURES, TaggingBrain, trained_modules
 from psla_sb.checkpoints import load_into, load_weights, snapshot_path
-from psla_sb.experiment import load_hparams, tagging_dataset
+from psla_sb.command_line import load_hparams
+from psla_sb.experiment import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary
 from runs import TINY, TRAIN, command, differences, finish, run, start
 

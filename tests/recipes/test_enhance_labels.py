@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from enhance_labels import read_labels
+from psla_sb.command_line import load_hparams
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.mini import write_mini_audioset
 from psla_sb.dataio.sampler import class_balanced_weights
-from psla_sb.experiment import load_hparams, tagging_dataset, train_batches
+from psla_sb.experiment import tagging_dataset, train_batches
 from psla_sb.inference import AudioTagger
 from psla_sb.labels.enhancement import enhance
 from psla_sb.labels.ontology import Ontology

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from psla_sb import ensemble, experiment, relabel
+from psla_sb.command_line import load_hparams
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import summarize
@@ -89,7 +90,7 @@ def test_labels_are_enhanced_with_audiosets_ontology(finished, tmp_path):
         assert [row["ID"] for row in csv.DictReader(file)] == Manifest.from_csv(tmp_path / "train.csv").table["ID"].to_pylist()
     # what the enhanced recipe then trains on
     settings = {"pretrained": None, "variant": "b0", "n_classes": 39, "expected_clips": None, "data_folder": str(data)}
-    hparams = experiment.load_hparams(RECIPE / "hparams" / "psla_enhanced.yaml", {**settings, "output_folder": str(tmp_path)})
+    hparams = load_hparams(RECIPE / "hparams" / "psla_enhanced.yaml", {**settings, "output_folder": str(tmp_path)})
     vocabulary = experiment.prepare(hparams)
     before = Manifest.from_csv(hparams["train_annotation"]).label_sets(vocabulary)
     after = experiment.tagging_dataset("train", hparams, vocabulary)[1]
