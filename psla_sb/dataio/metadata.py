@@ -10,7 +10,7 @@ from psla_sb.checkpoints import atomic_write
 from psla_sb.errors import InputError
 
 SEGMENTS = "http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv"
-# Address, and SHA-256 of the file; of the largest one its number of lines, 2,041,789 segments and a header of 3.
+# Address, and SHA-256 of the file.
 OFFICIAL = {
     "class_labels_indices.csv": (
         f"{SEGMENTS}/class_labels_indices.csv",
@@ -28,15 +28,17 @@ OFFICIAL = {
         f"{SEGMENTS}/eval_segments.csv",
         "f7055f53935f70e74e39494a5c8c4c78f1700fce275028bd36e31186f33d45db",
     ),
-    "unbalanced_train_segments.csv": (f"{SEGMENTS}/unbalanced_train_segments.csv", 2_041_792),
+    "unbalanced_train_segments.csv": (
+        f"{SEGMENTS}/unbalanced_train_segments.csv",
+        "bb2dfd5e4f1ced39db9480633c510f813d7899f4b7472aa83a411b4a43a12698",
+    ),
 }
 
 
 def fetch_metadata(paths):
     """Downloads those of AudioSet's official files that are not there; files that are there are used as they are.
 
-    What is downloaded is compared with the official files' SHA-256 (the unbalanced segment list, whose SHA-256 is not known here,
-    with its number of lines) before it gets its name.
+    What is downloaded is compared with the official files' SHA-256 before it gets its name.
 
     Arguments
     ---------
@@ -68,20 +70,17 @@ def fetch_metadata(paths):
                 download_file(url, str(temporary), replace_existing=True)
             except (OSError, HTTPException) as error:
                 raise InputError(f"{path}: no such file, and {url} cannot be downloaded: {error}. {remedy}") from None
-            found = _n_lines(temporary) if isinstance(expected, int) else _sha256(temporary)
+            found = _sha256(temporary)
             if found != expected:
-                what = "lines" if isinstance(expected, int) else "as its SHA-256"
                 raise InputError(
-                    f"what {url} gave is not the official {path.name}: it has {found} {what}, not {expected}. It was not kept. "
+                    f"what {url} gave is not the official {path.name}: its SHA-256 is {found}, not {expected}. It was not kept. "
                     f"{remedy}"
                 )
 
 
 def _sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        return hashlib.sha256(stream.read()).hexdigest()
-
-
-def _n_lines(path):
-    with open(path, "rb") as stream:
-        return sum(block.count(b"\n") for block in iter(lambda: stream.read(1 << 20), b""))
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
