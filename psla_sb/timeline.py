@@ -50,6 +50,10 @@ class Event(NamedTuple):
 def events(timeline, threshold=0.5):
     """The stretches in which a class scores at least a threshold.
 
+    A model hears a little to both sides, so that the scores of a loud event pass a low threshold before it begins. An event is said
+    to begin where the scores reach half of their first peak, if that is above the threshold, and to end where they fall to half of
+    the last one; between two steps, on the straight line from one score to the next. No event is shorter than a step.
+
     Arguments
     ---------
     timeline : Timeline
@@ -71,21 +75,38 @@ def events(timeline, threshold=0.5):
     -------
     >>> times, scores = np.array([0.1, 0.3, 0.5, 0.7]), np.array([[0.1], [0.8], [0.9], [0.2]])
     >>> [(e.label, round(e.start, 2), round(e.end, 2), e.score) for e in events(Timeline(times, scores, ["Bell"], ["/m/1"]))]
-    [('Bell', 0.2, 0.6, 0.9)]
+    [('Bell', 0.21, 0.61, 0.9)]
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], not {threshold}")
-    times, half = timeline.times, step_of(timeline) / 2
     # one row a class, with a step of silence on either side
     scores = np.pad(timeline.scores.T, ((0, 0), (1, 1)))
     edges = np.flatnonzero(np.diff((scores >= threshold).ravel())) + 1
-    if not len(edges):
-        return []
-    classes, steps = np.divmod(edges, scores.shape[1])
-    best = np.maximum.reduceat(scores.ravel(), edges)[::2]
-    starts, ends = np.maximum(times[steps[::2] - 1] - half, 0), times[steps[1::2] - 2] + half
-    found = zip(classes[::2].tolist(), starts.tolist(), ends.tolist(), best.tolist(), strict=True)
-    return sorted((Event(timeline.labels[c], *event) for c, *event in found), key=lambda event: event.start)
+    classes, firsts = np.divmod(edges[::2], scores.shape[1])
+    lasts = firsts + (edges[1::2] - edges[::2]) - 1
+    found = []
+    for c, first, last in zip(classes.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+        curve, start, end = scores[c, first - 1 : last + 2], first - 0.5, last + 0.5
+        # a single step is all of the event; what is heard in the first step or the last begins or ends with the recording
+        if first not in (1, last):
+            start = first - 1 + _rise(curve, threshold)
+        if last not in (first, len(timeline.times)):
+            end = last + 1 - _rise(curve[::-1], threshold)
+        found.append(Event(timeline.labels[c], _seconds(timeline, start), _seconds(timeline, end), curve.max().item()))
+    return sorted(found, key=lambda event: event.start)
+
+
+def _rise(curve, threshold):
+    """Where a curve that starts below the threshold gets up to it and to half of its first peak, in steps."""
+    peak = 1 + np.argmax(np.diff(curve[1:]) < 0)
+    level = np.maximum(curve.dtype.type(threshold), curve[peak] / 2)
+    above = np.searchsorted(curve[: peak + 1], level)
+    return above - float((curve[above] - level) / (curve[above] - curve[above - 1]))
+
+
+def _seconds(timeline, step):
+    """When the middle of a step is, counted from 1; steps may be fractions."""
+    return float(timeline.times[0] + (step - 1) * step_of(timeline))
 
 
 def step_of(timeline):

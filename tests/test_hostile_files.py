@@ -224,7 +224,7 @@ def test_pipes_among_the_clips_are_left_out(no_hang, tmp_path):
     (tmp_path / "a.csv").write_text('# a\n# b\n# c\n--4gqARaEJE, 0.000, 10.000, "/m/068hy"\n')
     os.mkfifo(tmp_path / "--4gqARaEJE.wav")
     with pytest.raises(InputError, match="1 that cannot be read"):
-        write_clips(tmp_path / "out.csv", [tmp_path / "a.csv"], tmp_path, tmp_path, *find_clips(tmp_path), 1, None, 16000, "")
+        write_clips(tmp_path / "out.csv", [tmp_path / "a.csv"], tmp_path, tmp_path, *find_clips(tmp_path), 1, (), "")
 
 
 # too much of something

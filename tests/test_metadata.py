@@ -52,7 +52,8 @@ def test_what_is_there_is_used_as_it_is(served, tmp_path):
 @pytest.mark.parametrize("content", [CONTENT + b"0", CONTENT[:10], b""])
 def test_another_file_is_not_kept(name, content, served, tmp_path):
     (served / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"not the official {name}: its SHA-256 is .* It was not kept\. Get http.* put it at {tmp_path}"):
+    said = rf"not the official {name}: its SHA-256 is .* It was not kept\. Get http.* put it at {tmp_path}"
+    with pytest.raises(InputError, match=said):
         fetch_metadata([tmp_path / name])
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 

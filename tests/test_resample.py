@@ -39,11 +39,14 @@ def test_a_copy_has_the_samples_of_the_source(rate, channels, tmp_path):
     assert os.listdir(target.parent) == ["a.flac"]
 
 
-def test_samples_of_16_bits_at_the_rate_are_kept_to_the_last_bit(tmp_path):
+@pytest.mark.parametrize("ending", ["flac", "wav"])
+def test_samples_of_16_bits_at_the_rate_are_kept_to_the_last_bit(ending, tmp_path):
     samples = np.random.default_rng(0).integers(-(2**15), 2**15, 16000).astype(np.int16)
     soundfile.write(tmp_path / "a.wav", samples, 16000)
-    resample_clip(str(tmp_path / "a.wav"), str(tmp_path / "a.flac"))
-    np.testing.assert_array_equal(soundfile.read(tmp_path / "a.flac", dtype="int16")[0], samples)
+    target = tmp_path / "copies" / f"a.{ending}"
+    resample_clip(str(tmp_path / "a.wav"), str(target))
+    assert soundfile.info(target).format == ending.upper()
+    np.testing.assert_array_equal(soundfile.read(target, dtype="int16")[0], samples)
 
 
 def test_what_resampling_makes_louder_than_full_scale_is_clipped_and_not_wrapped(tmp_path):

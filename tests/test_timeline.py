@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
 from psla_sb.errors import InputError
@@ -116,12 +118,51 @@ def test_what_cannot_be_read_or_is_out_of_range(tagger, recording, tmp_path):
 def test_events_of_every_class_begin_end_and_peak():
     scores = np.array([[0.9, 0.1], [0.5, 0.2], [0.1, 0.7], [0.6, 0.8]])
     found = events(Timeline(np.array([0.5, 1.5, 2.5, 3.5]), scores, ["a", "b"], ["/a", "/b"]), 0.5)
-    assert found == [("a", 0.0, 2.0, 0.9), ("b", 2.0, 4.0, 0.8), ("a", 3.0, 4.0, 0.6)]
+    assert [(event.label, event.score) for event in found] == [("a", 0.9), ("b", 0.8), ("a", 0.6)]
+    # what is there in the first and the last step begins and ends with the recording
+    assert [event.start for event in found] == pytest.approx([0.0, 2.1, 3.0])
+    assert [event.end for event in found] == pytest.approx([1.5, 4.0, 4.0])
     assert events(Timeline(np.array([0.5]), np.array([[0.2]]), ["a"], ["/a"]), 0.5) == []
     assert events(Timeline(np.array([0.5]), np.array([[0.5]]), ["a"], ["/a"]), 0.5) == [("a", 0.0, 1.0, 0.5)]
-    for threshold in (0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="threshold"):
-            events(Timeline(np.array([0.5]), np.array([[0.2]]), ["a"], ["/a"]), threshold)
+
+
+def edges(scores, threshold):
+    """Start and end of the events of a class in steps of a second."""
+    timeline = Timeline(np.arange(len(scores)) + 0.5, np.array(scores, np.float32)[:, None], ["a"], ["/a"])
+    return [(pytest.approx(event.start), pytest.approx(event.end)) for event in events(timeline, threshold)]
+
+
+def test_a_blurred_event_begins_at_half_of_its_first_peak_and_ends_at_half_of_its_last():
+    # over the threshold from step 1 to 7; half of the first peak, 0.4, is passed between steps 1 and 2, half of the last in 6 to 7
+    assert edges([0.0, 0.2, 0.6, 0.8, 0.5, 1.0, 0.6, 0.2, 0.0], 0.1) == [(2.0, 6.75)]
+    # the threshold counts where it is above the half
+    assert edges([0.0, 0.2, 0.6, 0.8, 0.5, 1.0, 0.6, 0.2, 0.0], 0.5) == [(2.25, 6.75)]
+    # a louder end does not move the start
+    assert edges([0.0, 0.4, 0.3, 0.3, 0.9, 0.0], 0.3) == [(1.25, 5.0)]
+    # no event is shorter than a step
+    assert edges([0.0, 0.7, 0.0, 0.7, 0.0], 0.7) == [(1.0, 2.0), (3.0, 4.0)]
+    assert edges([0.7, 0.0, 0.7], 0.7) == [(0.0, 1.0), (2.0, 3.0)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 10), min_size=1, max_size=30), st.integers(1, 10))
+def test_events_are_where_the_scores_reach_the_threshold(tenths, threshold):
+    timeline = Timeline(np.arange(len(tenths)) + 0.5, np.array(tenths, np.float32)[:, None] / 10, ["a"], ["/a"])
+    found = events(timeline, threshold / 10)
+    loud = np.array([False, *(tenth >= threshold for tenth in tenths), False])
+    starts, ends = np.flatnonzero(loud[1:] & ~loud[:-1]), np.flatnonzero(loud[:-1] & ~loud[1:])
+    assert len(found) == len(starts)
+    for event, first, after in zip(found, starts, ends, strict=True):
+        assert max(0, first - 0.5) <= event.start <= first + 1
+        assert after - 1 <= event.end <= min(len(tenths), after + 0.5)
+        assert event.end - event.start > 1 - 1e-6
+        assert event.score == pytest.approx(max(tenths[first:after]) / 10)
+
+
+@pytest.mark.parametrize("threshold", [0, 1.1, float("nan")])
+def test_thresholds_out_of_range(threshold):
+    with pytest.raises(ValueError, match="threshold"):
+        events(Timeline(np.array([0.5]), np.array([[0.2]]), ["a"], ["/a"]), threshold)
 
 
 def test_windows_cover_all_and_overlap():

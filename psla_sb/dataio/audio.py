@@ -103,8 +103,8 @@ def _source(path):
 def _decoded(source):
     """`[samples, channels]`, float32, and the sample rate."""
     with soundfile.SoundFile(source) as file:
-        if file.format in ("WAV", "WAVEX") and file.subtype == "PCM_16":
-            # libsndfile makes floats of them in four times the time, the same ones
+        if file.format in ("WAV", "WAVEX", "FLAC") and file.subtype == "PCM_16":
+            # libsndfile makes the same floats of them, in more time
             return torch.from_numpy(file.read(dtype="int16", always_2d=True)).float().mul_(2**-15), file.samplerate
         return torch.from_numpy(file.read(dtype="float32", always_2d=True)), file.samplerate
 

@@ -1,4 +1,4 @@
-"""Copies of sound files as a training reads them fastest: mono, at the model's sample rate, in 16-bit FLAC.
+"""Copies of sound files as a training reads them fastest: mono, at the model's sample rate, in 16 bits.
 
 They are made once, by several processes, which can be killed at any moment.
 """
@@ -19,8 +19,36 @@ from psla_sb.dataio.audio import AudioError, read_audio
 from psla_sb.errors import InputError
 
 FULL_SCALE = 2**15
+FORMATS = {".flac": "FLAC", ".wav": "WAV"}
 # clips that wait for each worker, so that a long one holds up no other
 CLIPS_AHEAD = 32
+
+
+def ending_of(resampled_format):
+    """The ending of copies in a format that a recipe asks for.
+
+    Arguments
+    ---------
+    resampled_format : str
+        "flac"; or "wav", which takes about twice the disk, and which a loader's worker reads about three times as fast.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    InputError
+        It is neither.
+
+    Example
+    -------
+    >>> ending_of("flac")
+    '.flac'
+    """
+    if f".{resampled_format}" not in FORMATS:
+        raise InputError(f"resampled_format: must be flac or wav, not {resampled_format}")
+    return f".{resampled_format}"
 
 
 def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
@@ -35,7 +63,7 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
     sources : sequence of str or pyarrow.Array
         The clips' files.
     targets : sequence of str or pyarrow.Array
-        Their copies, paths relative to the folder, usually with the ending `.flac`. They must differ.
+        Their copies, paths relative to the folder, with the ending `.flac` or `.wav`. They must differ.
     folder : str or Path
         Where the copies go; made if there is none.
     sample_rate : int
@@ -118,7 +146,7 @@ def resample_clip(source, target, sample_rate=16000):
     Arguments
     ---------
     source, target : str
-        The files.
+        The files; the target's ending is `.flac` or `.wav`.
     sample_rate : int
         In Hz.
 
@@ -147,7 +175,8 @@ def resample_clip(source, target, sample_rate=16000):
         samples = (wave * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16)
         # libsndfile does not tell of a full disk what Python does
         encoded = io.BytesIO()
-        soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", format="FLAC")
+        kind = FORMATS[os.path.splitext(target)[1]]
+        soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", format=kind)
         with atomic_write(target) as temporary:
             temporary.write_bytes(encoded.getvalue())
         seconds = len(samples) / sample_rate

@@ -20,7 +20,7 @@ from psla_sb.dataio.audio import AUDIO_SUFFIXES
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.metadata import fetch_metadata
 from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
-from psla_sb.dataio.resample import resample_clips
+from psla_sb.dataio.resample import ending_of, resample_clips
 from psla_sb.errors import InputError
 
 logger = get_logger(__name__)
@@ -39,6 +39,7 @@ def prepare_audioset(
     n_threads=8,
     resampled_folder=None,
     sample_rate=16000,
+    resampled_format="flac",
 ):
     """Writes the training and the evaluation annotation, and beside each a list of the clips that it had to leave out.
 
@@ -57,10 +58,12 @@ def prepare_audioset(
     n_threads : int
         Files that are opened at a time.
     resampled_folder : str or Path, optional
-        Where to write mono FLAC copies of the clips, by as many processes as there are cores; the annotations then name these. An
+        Where to write mono copies of the clips, by as many processes as there are cores; the annotations then name these. An
         interrupted preparation goes on. Without it clips are resampled whenever they are read.
     sample_rate : int
         Of the copies, in Hz.
+    resampled_format : str
+        Of the copies: "flac" or "wav", see `psla_sb.dataio.resample.ending_of`.
 
     Raises
     ------
@@ -83,23 +86,23 @@ def prepare_audioset(
     if not data_folder.is_dir():
         raise InputError(f"{data_folder}: no such folder; data_folder is where AudioSet's segment lists and clips are")
     audio_folder = data_folder / "audio" if (data_folder / "audio").is_dir() else data_folder
-    copies = []
+    copies, ending = [], ending_of(resampled_format)
     if resampled_folder:
         resampled_folder = Path(os.path.abspath(resampled_folder))
-        copies = [str(resampled_folder), sample_rate]
+        copies = [resampled_folder, sample_rate, ending]
         if os.path.realpath(resampled_folder) == os.path.realpath(audio_folder):
             raise InputError(
                 f"resampled_folder: {resampled_folder} has the clips themselves; choose another folder for their copies"
             )
     lists = [data_folder / name for _, names in sets for name in names]
     fetch_metadata(lists)
-    made_from = origin(lists, str(data_folder), *copies)
+    made_from = origin(lists, str(data_folder), *map(str, copies))
     if are_made([annotation for annotation, _ in sets], made_from):
         return
     ids, paths = find_clips(audio_folder, resampled_folder)
     for annotation, names in sets:
         lists = [data_folder / name for name in names]
-        write_clips(annotation, lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate, made_from)
+        write_clips(annotation, lists, data_folder, audio_folder, ids, paths, n_threads, copies, made_from)
 
 
 def read_segments(path):
@@ -176,9 +179,7 @@ def find_clips(folder, besides=None):
     return ids.filter(ids.is_valid()), paths.filter(ids.is_valid())
 
 
-def write_clips(
-    annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads, resampled_folder, sample_rate, made_from
-):
+def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths, n_threads, copies, made_from):
     """Writes the clips of segment lists that are there as an annotation, and `<annotation>_left_out.csv` with the others.
 
     Arguments
@@ -193,8 +194,8 @@ def write_clips(
         The clips that there are, see `find_clips`.
     n_threads : int
         Files that are opened at a time.
-    resampled_folder, sample_rate
-        See `prepare_audioset`.
+    copies : (Path, int, str) or ()
+        The folder, sample rate and ending of copies of the clips.
     made_from : str
         See `psla_sb.dataio.preparation.origin`.
 
@@ -209,11 +210,13 @@ def write_clips(
     missing = found.is_null().to_numpy(zero_copy_only=False)
     sources = pc.binary_join_element_wise(str(audio_folder), found, "/")
     faults = {}
-    if resampled_folder:
+    folder = audio_folder
+    if copies:
+        folder, sample_rate, ending = copies
         rows = np.flatnonzero(~missing)
-        found = pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ".flac")
+        found = pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ending)
         durations = np.zeros(len(segments))
-        durations[rows], errors = resample_clips(sources.drop_null(), found.drop_null(), resampled_folder, sample_rate)
+        durations[rows], errors = resample_clips(sources.drop_null(), found.drop_null(), folder, sample_rate)
         faults = {rows[i]: error for i, error in errors.items()}
     else:
         durations = durations_of(found, audio_folder, n_threads, annotation.name)
@@ -239,7 +242,7 @@ def write_clips(
     keep = pa.array(usable)
     manifest = Manifest.from_columns(
         wanted.filter(keep),
-        pc.binary_join_element_wise(in_annotation(resampled_folder or audio_folder, data_folder), found.filter(keep), ""),
+        pc.binary_join_element_wise(in_annotation(folder, data_folder), found.filter(keep), ""),
         durations[usable].round(3),
         pc.replace_substring(mids.filter(keep), ",", ";"),
         source=annotation,

@@ -17,7 +17,7 @@ from speechbrain.utils.logger import get_logger
 from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
-from psla_sb.dataio.resample import resample_clips
+from psla_sb.dataio.resample import ending_of, resample_clips
 from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
 
@@ -41,8 +41,9 @@ def prepare_fsd50k(
     sample_rate=16000,
     expected_clips=None,
     n_workers=None,
+    resampled_format="flac",
 ):
-    """Writes the class list, copies of all clips as 16-bit mono FLAC, the three annotations, and beside each a list of the clips
+    """Writes the class list, 16-bit mono copies of all clips, the three annotations, and beside each a list of the clips
     that it had to leave out.
 
     Copies that are there are kept, see `psla_sb.dataio.resample.resample_clips`; killed, the same call goes on. Nothing but the
@@ -58,13 +59,15 @@ def prepare_fsd50k(
     class_list : str or Path
         The class list to write, `index,mid,display_name`, with names as AudioSet has them ("Chirp, tweet").
     resampled_folder : str or Path
-        Where the copies go: `dev/<fname>.flac`, `eval/<fname>.flac`.
+        Where the copies go: `dev/<fname>.flac`, `eval/<fname>.flac`, or `.wav`.
     sample_rate : int
         Of the copies, in Hz.
     expected_clips : dict of str to int, optional
         How many clips `train`, `valid` and `eval` should have; a warning says what is missing.
     n_workers : int, optional
         Processes that resample, by default as many as there are cores.
+    resampled_format : str
+        Of the copies: "flac" or "wav", see `psla_sb.dataio.resample.ending_of`.
 
     Raises
     ------
@@ -81,6 +84,7 @@ def prepare_fsd50k(
     '{data_root}/audio_16k/dev/....flac'
     """
     data_folder, resampled_folder = (Path(os.path.abspath(folder)) for folder in (data_folder, resampled_folder))
+    ending = ending_of(resampled_format)
     annotations = dict(zip(SETS, map(Path, (train_annotation, valid_annotation, eval_annotation)), strict=True))
     if expected_clips is not None and (not isinstance(expected_clips, dict) or not expected_clips.keys() <= SETS.keys()):
         raise InputError(
@@ -96,7 +100,7 @@ def prepare_fsd50k(
     vocabulary = read_vocabulary(files["vocabulary"])
     with atomic_write(class_list) as temporary:
         vocabulary.to_csv(temporary)
-    made_from = origin(files.values(), str(data_folder), str(resampled_folder), sample_rate)
+    made_from = origin(files.values(), str(data_folder), str(resampled_folder), sample_rate, ending)
     if are_made(annotations.values(), made_from):
         return
     tables = {name: read_ground_truth(files[name], vocabulary) for name in ("dev", "eval")}
@@ -109,9 +113,7 @@ def prepare_fsd50k(
         if not len(clips[name]):
             raise InputError(f"{files['dev']}: has no clips whose split is '{split}'; get the file again from {SOURCE}")
     targets = {
-        name: pc.binary_join_element_wise(
-            SETS[name], pc.binary_join_element_wise(table["fname"], "flac", "."), "/"
-        ).combine_chunks()
+        name: pc.binary_join_element_wise(f"{SETS[name]}/", table["fname"], ending, "").combine_chunks()
         for name, table in clips.items()
     }
     sources = [

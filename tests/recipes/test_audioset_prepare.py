@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from audioset_prepare import find_clips, prepare_audioset, read_segments
 from psla_sb.dataio.audio import read_audio
@@ -236,6 +237,20 @@ def test_copies_at_the_sample_rate_of_the_model(prepare, tmp_path):
     assert broken.startswith("broken_____,cannot be decoded as sound (")
     assert broken.endswith(f",{tmp_path / 'audio' / 'broken_____.mp3'}")
     assert missing == "missing____,no file,"
+
+
+def test_copies_in_another_format(prepare, tmp_path):
+    prepare(["abcdefghijk"], ["abcdefghijk.mp3"])
+    arguments = (tmp_path, tmp_path / "out" / "train.csv", ["train.csv"], tmp_path / "out" / "eval.csv", ["eval.csv"])
+    waves = []
+    for name in ("flac", "wav"):
+        prepare_audioset(*arguments, resampled_folder=tmp_path / "16k", resampled_format=name)
+        clip = Manifest.from_csv(tmp_path / "out" / "train.csv", data_root=tmp_path)[0]
+        assert os.path.samefile(clip["wav"], tmp_path / "16k" / f"abcdefghijk.{name}")
+        waves.append(read_audio(clip["wav"]))
+    assert torch.equal(*waves)
+    with pytest.raises(InputError, match="resampled_format: must be flac or wav, not mp3"):
+        prepare_audioset(*arguments, resampled_folder=tmp_path / "16k", resampled_format="mp3")
 
 
 def test_copies_are_not_taken_for_clips_nor_put_in_their_place(prepare, tmp_path):

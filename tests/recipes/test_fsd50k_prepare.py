@@ -114,8 +114,9 @@ def test_generated_set_is_written_once_and_never_over_somebodys(generated, tmp_p
             write_mini_fsd50k(tmp_path / "new", **wrong)
 
 
-def test_annotations_are_those_of_a_slow_obvious_reading(generated, tmp_path):
-    found = prepare(generated, tmp_path, tmp_path / "copies")
+@pytest.mark.parametrize("ending", ["flac", "wav"])
+def test_annotations_are_those_of_a_slow_obvious_reading(ending, generated, tmp_path):
+    found = prepare(generated, tmp_path, tmp_path / "copies", resampled_format=ending)
     for name in SETS:
         part = "eval" if name == "eval" else "dev"
         with open(generated / "FSD50K.ground_truth" / f"{part}.csv", newline="", encoding="utf-8") as file:
@@ -125,7 +126,7 @@ def test_annotations_are_those_of_a_slow_obvious_reading(generated, tmp_path):
             source = read_audio(generated / f"FSD50K.{part}_audio" / f"{row['fname']}.wav")
             assert clip["id"] == row["fname"]
             assert clip["labels"] == row["mids"].split(",")
-            assert clip["wav"] == str(tmp_path / "copies" / part / f"{row['fname']}.flac")
+            assert clip["wav"] == str(tmp_path / "copies" / part / f"{row['fname']}.{ending}")
             assert clip["duration"] == pytest.approx(len(source) / 16000, abs=6e-4)
             assert (read_audio(clip["wav"]) - source.clamp(-1, 1)).abs().max() <= 1 / 2**15
         assert (tmp_path / f"{name}_left_out.csv").read_text() == "ID,reason,file\n"
