@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchaudio.compliance.kaldi import fbank
 from torchaudio.transforms import FrequencyMasking, TimeMasking
 
-from psla_sb.dataio.dataset import TaggingDataset, collate, init_worker
+from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.mini_sounds import SOUNDS, synthesise
 from psla_sb.dataio.packing import pack
@@ -84,8 +84,8 @@ def write_clips(folder, n_clips, ending):
 def our_loader(manifest, batch_size):
     labels = LabelSets.from_lists([[row % N_CLASSES] for row in range(len(manifest))])
     batches = MixupBatchSampler(BalancedSampler(np.ones(len(manifest))), len(manifest), batch_size, MIXUP_RATE)
-    dataset = TaggingDataset(manifest, labels, N_CLASSES, RATE, n_samples_for(N_FRAMES, RATE))
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, worker_init_fn=init_worker, **ONE_WORKER)
+    dataset = TaggingDataset(manifest, labels, N_CLASSES, RATE, n_samples_for(N_FRAMES, RATE), compact=True)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=ClipBatch, worker_init_fn=init_worker, **ONE_WORKER)
 
 
 def cpu_seconds(pid):

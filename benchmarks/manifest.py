@@ -16,7 +16,7 @@ import soundfile
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import DataLoader
 
-from psla_sb.dataio.dataset import TaggingDataset, collate, init_worker
+from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.labels.vocabulary import Vocabulary
@@ -109,8 +109,8 @@ def main():
         print(f"an epoch of {drawn:,} balanced draws: {time.perf_counter() - start:.2f} s (bound: 1.5 s)")
 
         batches = MixupBatchSampler(sampler, len(manifest), 100)
-        dataset = TaggingDataset(manifest, labels, len(vocabulary), n_samples=160, redraw=batches.redraw)
-        loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=1, worker_init_fn=init_worker))
+        dataset = TaggingDataset(manifest, labels, len(vocabulary), n_samples=160, redraw=batches.redraw, compact=True)
+        loader = iter(DataLoader(dataset, batch_sampler=batches, collate_fn=ClipBatch, num_workers=1, worker_init_fn=init_worker))
         next(loader)
         worker = loader._workers[0].pid
         before, start, rows, most = private_megabytes(worker), time.perf_counter(), 0, 0.0

@@ -1,7 +1,8 @@
 """Time, peak memory and onsets of `AudioTagger.tag_timeline` on generated recordings whose events are known.
 
 Events of the embedded data set's classes, 2 s each, in faint noise; each recording is tagged in a process of its own. Needs a
-tagger that knows these classes, as `make demo` trains: `python benchmarks/timeline.py results/mini/1/tagger`.
+tagger that knows these classes, as `make demo` trains: `python benchmarks/timeline.py results/mini/1/tagger`. An ensemble of
+several seeds is more exact; `recipes/AudioSet/aggregate.py` writes one with `--members=average --export=True`.
 """
 
 import argparse

@@ -334,7 +334,7 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
             (check or check_audio)(batch)
-            wavs, wav_lens = (x.to(next(iter(taggers.values())).device) for x in batch.sig)
+            wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
             scores = {}
             for same in front_ends.values():
                 feats = same[0].mods.mean_var_norm(same[0].mods.compute_features(wavs, wav_lens))

@@ -398,7 +398,7 @@ class AudioTagger(SoundEncoder):
         loader = clip_loader(manifest, self.hparams.sample_rate, self.n_samples, rows, num_workers)
         with tqdm(total=len(paths), unit=" files", disable=None if progress else True) as bar:
             for batch in loader:
-                feats = self.features(*batch.sig)
+                feats = self.features(*batch.to(self.device).sig)
                 usable = torch.isfinite(feats).flatten(1).all(1)
                 scores = self.tag_features(feats.where(usable[:, None, None], 0.0)).cpu()
                 for row, error, good, answer in zip(batch.index, batch.error, usable.tolist(), scores, strict=True):

@@ -554,7 +554,8 @@ def write_pictures(brain, dataset, name, vocabulary, train_labels):
     )
     clips = []
     for row in np.linspace(0, len(average) - 1, min(N_EXAMPLES, len(average))).round().astype(int):
-        item = dataset[int(row)]
+        with dataset.output_keys_as(["id", "sig", "error"]):
+            item = dataset[int(row)]
         if item["error"] is not None:
             continue
         with torch.inference_mode():

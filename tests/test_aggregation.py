@@ -189,8 +189,8 @@ def test_scores_are_those_of_each_model_alone(members, lively_runs, clips, tmp_p
 
 
 def test_one_decode_and_one_feature_computation_however_many_members(members, lively_runs, clips, tmp_path, monkeypatch):
-    decoded, computed, read_clip, forward = [], [], dataset.read_clip, KaldiFbank.forward
-    monkeypatch.setattr(dataset, "read_clip", lambda path, *args: decoded.append(path) or read_clip(path, *args))
+    decoded, computed, read_samples, forward = [], [], dataset.read_samples, KaldiFbank.forward
+    monkeypatch.setattr(dataset, "read_samples", lambda path, *args: decoded.append(path) or read_samples(path, *args))
     monkeypatch.setattr(KaldiFbank, "forward", lambda self, wavs, lens: computed.append(self.n_mels) or forward(self, wavs, lens))
     score(members, *clips, tmp_path / "one front end", batch_size=4)
     assert sorted(decoded) == sorted(clips[0][i]["wav"] for i in range(20))
@@ -248,9 +248,9 @@ def test_killed_at_three_moments_ends_in_identical_files(members, clips, tmp_pat
         assert process.exitcode == -signal.SIGKILL
         done = json.loads(note.read_text())["batches"]
         assert least <= done < 20
-    decoded, read_clip = [], dataset.read_clip
+    decoded, read_samples = [], dataset.read_samples
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "read_clip", lambda path, *rest: decoded.append(path) or read_clip(path, *rest))
+        patch.setattr(dataset, "read_samples", lambda path, *rest: decoded.append(path) or read_samples(path, *rest))
         score(*args)
     assert len(decoded) == 20 - done
     assert outcome(killed) == outcome(tmp_path / "whole")

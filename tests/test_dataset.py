@@ -8,7 +8,7 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
 from psla_sb.dataio.audio import read_clip
-from psla_sb.dataio.dataset import TaggingDataset, init_worker
+from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker, pad_right
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, Draw, MixupBatchSampler
 from psla_sb.labels.label_sets import LabelSets
@@ -85,3 +85,56 @@ def test_a_draw_carries_its_place_in_the_epoch(dataset):
     dataset.add_dynamic_item(lambda epoch, position: (epoch, position), ["epoch", "position"], "seed")
     dataset.set_output_keys(["seed", "partner"])
     assert dataset[Draw(index=2, epoch=4, position=77, partner=True)] == {"seed": (4, 77), "partner": True}
+
+
+KINDS = {
+    "16 bits": {"subtype": "PCM_16"},
+    "FLAC": {"subtype": "PCM_16", "format": "FLAC"},
+    "24 bits": {"subtype": "PCM_24"},
+    "floats": {"subtype": "FLOAT"},
+    "stereo": {"subtype": "PCM_16", "channels": 2},
+    "8 kHz": {"subtype": "PCM_16", "rate": 8000},
+}
+
+
+def mixed_files(folder, kinds):
+    """Two data sets of the same clips, one of these kinds each, the second one compact."""
+    rng = np.random.default_rng(0)
+    for i, kind in enumerate(kinds):
+        options = {"channels": 1, "rate": 16000, "format": "WAV", **KINDS[kind]}
+        wave = rng.uniform(-0.5, 1, (300 + 500 * i, options.pop("channels")))
+        soundfile.write(folder / f"{i}", wave, options.pop("rate"), **options)
+    names = [str(i) for i in range(len(kinds))]
+    manifest = Manifest.from_columns(names, [str(folder / name) for name in names], [1.0] * len(names), [""] * len(names))
+    labels = LabelSets.from_lists([[0]] * len(names))
+    return [TaggingDataset(manifest, labels, 1, n_samples=1000, crop="centre", compact=compact) for compact in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype"),
+    [
+        (["16 bits", "FLAC", "16 bits", "FLAC"], torch.int16),
+        (["16 bits", "24 bits"], torch.float32),
+        (["floats", "16 bits", "FLAC"], torch.float32),
+        (["16 bits", "stereo"], torch.float32),
+        (["8 kHz", "16 bits"], torch.float32),
+    ],
+)
+def test_compact_batches_have_the_same_waveforms_to_the_last_bit(kinds, dtype, tmp_path):
+    plain, compact = mixed_files(tmp_path, kinds)
+    expected = PaddedBatch([plain[i] for i in range(len(kinds))], padding_func=pad_right)
+    batch = ClipBatch([compact[i] for i in range(len(kinds))])
+    assert batch.samples.data.dtype == dtype
+    assert torch.equal(batch.sig.data, expected.sig.data)
+    assert torch.equal(batch.sig.lengths, expected.sig.lengths)
+    assert torch.equal(batch.to("cpu")["sig"].data, expected.sig.data)
+    assert torch.equal(batch.target.data, expected.target.data)
+    assert expected.sig.data.abs().max() > 0.5
+
+
+def test_a_broken_file_does_not_make_a_batch_larger(dataset, tmp_path):
+    compact = TaggingDataset(dataset.data, LabelSets.from_lists(LABELS), n_classes=4, n_samples=900, compact=True)
+    batch = ClipBatch([compact[i] for i in range(len(LABELS))])
+    assert batch.samples.data.dtype == torch.int16
+    assert not batch.sig.data[BROKEN].any()
+    assert [error is not None for error in batch.error] == [i == BROKEN for i in range(len(LABELS))]

@@ -153,10 +153,10 @@ def test_events_are_where_the_scores_reach_the_threshold(tenths, threshold):
     starts, ends = np.flatnonzero(loud[1:] & ~loud[:-1]), np.flatnonzero(loud[:-1] & ~loud[1:])
     assert len(found) == len(starts)
     for event, first, after in zip(found, starts, ends, strict=True):
-        assert max(0, first - 0.5) <= event.start <= first + 1
-        assert after - 1 <= event.end <= min(len(tenths), after + 0.5)
+        loudest = first + np.argmax(tenths[first:after])
+        assert max(0, first - 0.5) <= event.start <= loudest + 0.5 <= event.end <= min(len(tenths), after + 0.5)
         assert event.end - event.start > 1 - 1e-6
-        assert event.score == pytest.approx(max(tenths[first:after]) / 10)
+        assert event.score == pytest.approx(tenths[loudest] / 10)
 
 
 @pytest.mark.parametrize("threshold", [0, 1.1, float("nan")])

@@ -68,15 +68,22 @@ def read_audio(path, sample_rate=16000):
     >>> read_audio(path).shape
     torch.Size([16000])
     """
+    return as_floats(_read(path, sample_rate))
+
+
+def _read(path, sample_rate):
+    """What `read_audio` returns, or int16 `[samples]` if the file has nothing else, in one channel at this rate."""
     source = _source(path)
     try:
         wave, rate = _decoded(source)
     except DECODING_ERRORS as error:
         raise AudioError(_undecoded(path, error)) from None
     _check_rate(path, rate)
-    wave = _mono(path, wave)
     if len(wave) == 0:
         raise AudioError(f"{path}: has no samples")
+    if wave.dtype == torch.int16 and wave.shape[1] == 1 and rate == sample_rate:
+        return wave[:, 0]
+    wave = _mono(path, as_floats(wave))
     return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
 
 
@@ -101,12 +108,22 @@ def _source(path):
 
 
 def _decoded(source):
-    """`[samples, channels]`, float32, and the sample rate."""
+    """`[samples, channels]`, int16 or float32, and the sample rate."""
     with soundfile.SoundFile(source) as file:
-        if file.format in ("WAV", "WAVEX", "FLAC") and file.subtype == "PCM_16":
-            # libsndfile makes the same floats of them, in more time
-            return torch.from_numpy(file.read(dtype="int16", always_2d=True)).float().mul_(2**-15), file.samplerate
-        return torch.from_numpy(file.read(dtype="float32", always_2d=True)), file.samplerate
+        # libsndfile makes the same floats of 16 bits as `as_floats`, in more time
+        is_16_bit = file.format in ("WAV", "WAVEX", "FLAC") and file.subtype == "PCM_16"
+        return torch.from_numpy(file.read(dtype="int16" if is_16_bit else "float32", always_2d=True)), file.samplerate
+
+
+def as_floats(samples):
+    """Samples of 16 bits as floats in [-1, 1); floats as they are.
+
+    Example
+    -------
+    >>> as_floats(torch.tensor([-(2**15), 2**14], dtype=torch.int16))
+    tensor([-1.0000,  0.5000])
+    """
+    return samples.float().mul_(2**-15) if samples.dtype == torch.int16 else samples
 
 
 def _undecoded(path, error):
@@ -251,9 +268,42 @@ def read_clip(path, sample_rate=16000, n_samples=None, place=0.0):
     >>> read_clip(path, n_samples=200, place=0.5)[0]
     tensor(-0.1250)
     """
-    wave = read_audio(path, sample_rate)
-    wave -= wave.mean()
-    if n_samples is None or len(wave) <= n_samples:
-        return wave
-    start = int(place * (len(wave) - n_samples + 1))
-    return wave[start : start + n_samples]
+    samples, mean = read_samples(path, sample_rate, n_samples, place)
+    return as_floats(samples) - mean
+
+
+def read_samples(path, sample_rate=16000, n_samples=None, place=0.0):
+    """`read_clip` in as few bytes as it takes: of a 16-bit file in one channel at this rate the samples, and what to subtract.
+
+    Arguments
+    ---------
+    path, sample_rate, n_samples, place
+        See `read_clip`.
+
+    Returns
+    -------
+    (torch.Tensor, float)
+        `[samples]`, int16 or float32, and a mean: `as_floats` of the samples, less the mean, is the clip.
+
+    Raises
+    ------
+    AudioError
+        See `read_audio`.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "clip.wav"
+    >>> soundfile.write(path, [0.5] * 100 + [0.0] * 300, 16000)
+    >>> read_samples(path, n_samples=2)
+    (tensor([16384, 16384], dtype=torch.int16), 0.125)
+    """
+    samples = _read(path, sample_rate)
+    if samples.dtype == torch.int16:
+        mean = samples.sum().item() / len(samples) / 2**15
+    else:
+        samples -= samples.mean()
+        mean = 0.0
+    if n_samples is not None and len(samples) > n_samples:
+        start = int(place * (len(samples) - n_samples + 1))
+        samples = samples[start : start + n_samples]
+    return samples, mean

@@ -267,11 +267,11 @@ def test_the_ensembles_scores_teach_a_student(lively_runs, mini_data, tmp_path, 
 
 def test_a_separate_test_set_is_scored_in_one_pass(mini_data, tiny_run, tmp_path, monkeypatch):
     """With the validation clips as the test set every figure is known from the validation, which goes another way."""
-    calls, decoded, score, read_clip = [], [], evaluation.score, dataset.read_clip
+    calls, decoded, score, read_samples = [], [], evaluation.score, dataset.read_samples
 
     def counting(*args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dataset, "read_clip", lambda *clip: decoded.append(clip) or read_clip(*clip))
+            patch.setattr(dataset, "read_samples", lambda *clip: decoded.append(clip) or read_samples(*clip))
             return calls.append(list(args[0])) or score(*args, **kwargs)
 
     monkeypatch.setattr(evaluation, "score", counting)
