@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
 from psla_sb.dataio.bad_clips import audio_check, check_audio
+from psla_sb.dataio.dataset import ClipBatch
 from psla_sb.errors import InputError
 from psla_sb.metrics import TaggingStats, summarize
 
@@ -192,6 +193,8 @@ class TaggingBrain(sb.Brain):
             starts = range(rank * size, n_clips, world_size * size)
             loader_kwargs["batch_sampler"] = [range(start, min(start + size, n_clips)) for start in starts]
             self.n_clips = {**getattr(self, "n_clips", {}), stage: n_clips}
+        if getattr(dataset, "compact", False):
+            loader_kwargs.setdefault("collate_fn", ClipBatch)
         return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
 
     def _train_loader_specifics(self, dataset, loader_kwargs):

@@ -20,7 +20,7 @@ from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.command_line import CommandLine, load_hparams
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import CROPS, ClipBatch, TaggingDataset, end_workers, init_worker
+from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.errors import InputError
@@ -144,7 +144,6 @@ def run(hparams_file, run_opts, overrides):
     loader = {
         "num_workers": hparams["num_workers"],
         "worker_init_fn": init_worker,
-        "collate_fn": ClipBatch,
         "pin_memory": brain.device_type == "cuda",
     }
     valid_set, _ = tagging_dataset("valid", hparams, vocabulary)

@@ -48,11 +48,12 @@ class Event(NamedTuple):
 
 
 def events(timeline, threshold=0.5):
-    """The stretches in which a class scores at least a threshold.
+    """The stretches in which a class scores at least a threshold, each less its blurred edges.
 
     A model hears a little to both sides, so that the scores of a loud event pass a low threshold before it begins. An event is said
     to begin where the scores reach half of their first peak, if that is above the threshold, and to end where they fall to half of
-    the last one; between two steps, on the straight line from one score to the next. No event is shorter than a step.
+    the last one; between two steps, on the straight line from one score to the next. A peak ends where the scores are below half
+    of it. No event is shorter than a step.
 
     Arguments
     ---------
@@ -79,34 +80,38 @@ def events(timeline, threshold=0.5):
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], not {threshold}")
+    threshold = float(threshold)
     # one row a class, with a step of silence on either side
-    scores = np.pad(timeline.scores.T, ((0, 0), (1, 1)))
+    scores = np.nan_to_num(np.pad(timeline.scores.T, ((0, 0), (1, 1))))
     edges = np.flatnonzero(np.diff((scores >= threshold).ravel())) + 1
     classes, firsts = np.divmod(edges[::2], scores.shape[1])
     lasts = firsts + (edges[1::2] - edges[::2]) - 1
     found = []
     for c, first, last in zip(classes.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
-        curve, start, end = scores[c, first - 1 : last + 2], first - 0.5, last + 0.5
-        # a single step is all of the event; what is heard in the first step or the last begins or ends with the recording
-        if first not in (1, last):
-            start = first - 1 + _rise(curve, threshold)
-        if last not in (first, len(timeline.times)):
-            end = last + 1 - _rise(curve[::-1], threshold)
+        curve = scores[c, first - 1 : last + 2]
+        start, end = first - 1 + _rise(curve, threshold), last + 1 - _rise(curve[::-1], threshold)
+        # what is heard in the first step or the last begins or ends with the recording; a single step is an event, all of it
+        if first in (1, last):
+            start = min(start, first - 0.5)
+        if last in (first, len(timeline.times)):
+            end = max(end, last + 0.5)
         found.append(Event(timeline.labels[c], _seconds(timeline, start), _seconds(timeline, end), curve.max().item()))
     return sorted(found, key=lambda event: event.start)
 
 
 def _rise(curve, threshold):
     """Where a curve that starts below the threshold gets up to it and to half of its first peak, in steps."""
-    peak = 1 + np.argmax(np.diff(curve[1:]) < 0)
-    level = np.maximum(curve.dtype.type(threshold), curve[peak] / 2)
-    above = np.searchsorted(curve[: peak + 1], level)
+    highest = np.maximum.accumulate(curve)
+    fallen = curve[1:] < highest[1:] / 2
+    peak = highest[np.argmax(fallen) if fallen.any() else -1]
+    level = np.maximum(curve.dtype.type(threshold), peak / 2)
+    above = np.searchsorted(highest, level)
     return above - float((curve[above] - level) / (curve[above] - curve[above - 1]))
 
 
 def _seconds(timeline, step):
-    """When the middle of a step is, counted from 1; steps may be fractions."""
-    return float(timeline.times[0] + (step - 1) * step_of(timeline))
+    """When the middle of a step is, counted from 1, to the nanosecond and not before the recording; steps may be fractions."""
+    return max(0.0, round(float(timeline.times[0] + (step - 1) * step_of(timeline)), 9))
 
 
 def step_of(timeline):

@@ -7,7 +7,7 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
-from psla_sb.dataio.audio import read_clip
+from psla_sb.dataio.audio import as_floats, read_clip
 from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker, pad_right
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, Draw, MixupBatchSampler
@@ -17,8 +17,8 @@ LABELS = [[0], [2, 1], [], [3], [0, 3], [1], [2]]
 BROKEN = 3
 
 
-@pytest.fixture
-def dataset(tmp_path):
+@pytest.fixture(params=["plain", "compact"])
+def dataset(request, tmp_path):
     """Seven clips of different lengths, of which one is a text file."""
     rng = np.random.default_rng(0)
     for i in range(len(LABELS)):
@@ -31,7 +31,8 @@ def dataset(tmp_path):
         [""] * len(LABELS),
         data_root=tmp_path,
     )
-    return TaggingDataset(manifest, LabelSets.from_lists(LABELS), n_classes=4, n_samples=900)
+    compact = request.param == "compact"
+    return TaggingDataset(manifest, LabelSets.from_lists(LABELS), n_classes=4, n_samples=900, compact=compact)
 
 
 def test_items(dataset, tmp_path):
@@ -42,13 +43,15 @@ def test_items(dataset, tmp_path):
         assert torch.equal(item["target"], torch.tensor([float(c in labels) for c in range(4)]))
         if i != BROKEN:
             assert item["error"] is None
-            assert torch.equal(item["sig"], read_clip(tmp_path / f"{i}.wav", n_samples=900))
+            clip = as_floats(item["samples"]) - item["mean"] if dataset.compact else item["sig"]
+            assert torch.equal(clip, read_clip(tmp_path / f"{i}.wav", n_samples=900))
 
 
 def loader_batches(dataset, num_workers, epoch=1):
     sampler = MixupBatchSampler(BalancedSampler(np.ones(len(LABELS)), replacement=False, seed=5), len(LABELS), 4, seed=5)
     sampler.set_epoch(epoch)
-    kwargs = {"num_workers": num_workers, "worker_init_fn": init_worker, "collate_fn": PaddedBatch}
+    kwargs = {"num_workers": num_workers, "worker_init_fn": init_worker}
+    kwargs["collate_fn"] = ClipBatch if dataset.compact else PaddedBatch
     return list(sampler), list(SaveableDataLoader(dataset, batch_sampler=sampler, **kwargs))
 
 
@@ -132,9 +135,23 @@ def test_compact_batches_have_the_same_waveforms_to_the_last_bit(kinds, dtype, t
     assert expected.sig.data.abs().max() > 0.5
 
 
-def test_a_broken_file_does_not_make_a_batch_larger(dataset, tmp_path):
-    compact = TaggingDataset(dataset.data, LabelSets.from_lists(LABELS), n_classes=4, n_samples=900, compact=True)
-    batch = ClipBatch([compact[i] for i in range(len(LABELS))])
+def test_lengths_of_minutes_are_exact():
+    lengths = [9_600_000, 6_964_981]
+    batch = ClipBatch([{"samples": torch.zeros(n, dtype=torch.int16), "mean": 0.25} for n in lengths])
+    assert (batch.sig.data == -0.25).sum(1).tolist() == lengths
+
+
+def test_only_what_a_device_needs_goes_there(tmp_path):
+    _, compact = mixed_files(tmp_path, ["16 bits", "FLAC"])
+    batch = ClipBatch([compact[0], compact[1]]).to("meta")
+    assert {batch.sig.data.device.type, batch.sig.lengths.device.type, batch.target.data.device.type} == {"meta"}
+    assert batch.index.tolist() == [0, 1]
+    assert sum(batch.partner) == 0
+
+
+@pytest.mark.parametrize("dataset", ["compact"], indirect=True)
+def test_a_broken_file_does_not_make_a_batch_larger(dataset):
+    batch = ClipBatch([dataset[i] for i in range(len(LABELS))])
     assert batch.samples.data.dtype == torch.int16
     assert not batch.sig.data[BROKEN].any()
     assert [error is not None for error in batch.error] == [i == BROKEN for i in range(len(LABELS))]

@@ -178,10 +178,12 @@ def test_a_second_process_waits_for_the_first(tmp_path, caplog):
 def test_nothing_to_do_and_wrong_arguments(tmp_path):
     durations, errors = resample_clips([], [], tmp_path / "out")
     assert (durations.shape, errors) == ((0,), {})
+    with pytest.raises(ValueError, match=r"targets must end in one of \.flac, \.wav"):
+        resample_clips(["a.wav"], ["a.FLAC"], tmp_path)
     with pytest.raises(ValueError, match="1 sources but 2 targets"):
         resample_clips(["a"], ["b", "c"], tmp_path)
     with pytest.raises(ValueError, match="n_workers must be 1 or more, not 0"):
-        resample_clips(["a"], ["b"], tmp_path, n_workers=0)
+        resample_clips(["a"], ["b.wav"], tmp_path, n_workers=0)
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/out: cannot be written to"):
-        resample_clips(["a"], ["b"], tmp_path / "file" / "out")
+        resample_clips(["a"], ["b.wav"], tmp_path / "file" / "out")

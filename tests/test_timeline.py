@@ -121,6 +121,7 @@ def test_events_of_every_class_begin_end_and_peak():
     assert [(event.label, event.score) for event in found] == [("a", 0.9), ("b", 0.8), ("a", 0.6)]
     # what is there in the first and the last step begins and ends with the recording
     assert [event.start for event in found] == pytest.approx([0.0, 2.1, 3.0])
+    assert found[0].start == 0.0
     assert [event.end for event in found] == pytest.approx([1.5, 4.0, 4.0])
     assert events(Timeline(np.array([0.5]), np.array([[0.2]]), ["a"], ["/a"]), 0.5) == []
     assert events(Timeline(np.array([0.5]), np.array([[0.5]]), ["a"], ["/a"]), 0.5) == [("a", 0.0, 1.0, 0.5)]
@@ -134,11 +135,16 @@ def edges(scores, threshold):
 
 def test_a_blurred_event_begins_at_half_of_its_first_peak_and_ends_at_half_of_its_last():
     # over the threshold from step 1 to 7; half of the first peak, 0.4, is passed between steps 1 and 2, half of the last in 6 to 7
-    assert edges([0.0, 0.2, 0.6, 0.8, 0.5, 1.0, 0.6, 0.2, 0.0], 0.1) == [(2.0, 6.75)]
+    assert edges([0.0, 0.2, 0.6, 0.8, 0.3, 1.0, 0.6, 0.2, 0.0], 0.1) == [(2.0, 6.75)]
     # the threshold counts where it is above the half
     assert edges([0.0, 0.2, 0.6, 0.8, 0.5, 1.0, 0.6, 0.2, 0.0], 0.5) == [(2.25, 6.75)]
-    # a louder end does not move the start
-    assert edges([0.0, 0.4, 0.3, 0.3, 0.9, 0.0], 0.3) == [(1.25, 5.0)]
+    # a louder end does not move the start, nor does a ripple that is no peak
+    assert edges([0.0, 0.4, 0.15, 0.15, 0.9, 0.0], 0.1) == [(1.0, 5.0)]
+    for ripple in (0.29, 0.3, 0.31):
+        assert edges([0.0, 0.3, ripple, 0.4, 0.8, 0.6, 0.0], 0.1) == [(3.5, 5.8333333)]
+    # nor what is not a number
+    assert edges([np.nan, 0.8, 0.8, np.nan], 0.5) == [(1.125, 2.875)]
+    assert edges([0.0, 0.45, 0.9, 0.45, 0.0], 0.5) == [(1.6111111, 3.3888889)]
     # no event is shorter than a step
     assert edges([0.0, 0.7, 0.0, 0.7, 0.0], 0.7) == [(1.0, 2.0), (3.0, 4.0)]
     assert edges([0.7, 0.0, 0.7], 0.7) == [(0.0, 1.0), (2.0, 3.0)]

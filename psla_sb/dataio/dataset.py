@@ -1,6 +1,7 @@
 """A SpeechBrain data set over a `Manifest`: what a loader's worker process does with a clip.
 
-A worker decodes, subtracts the clip's mean and cuts; features are computed on the device, a whole batch at a time.
+A worker decodes, takes the clip's mean and cuts; the mean is subtracted and features are computed on the device, a whole batch at a
+time.
 """
 
 import ctypes
@@ -22,6 +23,8 @@ from psla_sb.labels.label_sets import LabelSets
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "target", "partner", "error"]
 COMPACT_KEYS = ["samples", "mean"]
+# of a batch, what goes to the device
+DEVICE_KEYS = ["samples", "target", "teacher"]
 CROPS = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
 # of glibc's malloc.h
@@ -93,7 +96,7 @@ class TaggingDataset(DynamicItemDataset):
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         # SpeechBrain's own __init__ makes a dictionary of all rows
-        self.data, self.data_ids, self.redraw = manifest, range(len(manifest)), redraw
+        self.data, self.data_ids, self.redraw, self.compact = manifest, range(len(manifest)), redraw, compact
 
         @takes("wav", "epoch", "position")
         @provides("samples", "mean", "error")
@@ -189,7 +192,9 @@ class ClipBatch(PaddedBatch):
     def __init__(self, items):
         if any(item["samples"].dtype != torch.int16 for item in items):
             items = [{**item, "samples": as_floats(item["samples"]) - item["mean"], "mean": 0.0} for item in items]
-        super().__init__(items, padding_func=pad_right)
+        super().__init__(items, device_prep_keys=DEVICE_KEYS, padding_func=pad_right)
+        # relative lengths in float32 are not exact for clips of minutes
+        self.mean, self.n_samples = self.mean.float(), torch.tensor([len(item["samples"]) for item in items])
 
     @property
     def sig(self):
@@ -198,11 +203,9 @@ class ClipBatch(PaddedBatch):
         samples, lens = self.samples
         if samples.dtype != torch.int16:
             return self.samples
-        waves = as_floats(samples) - self.mean.to(samples.device, torch.float32)[:, None]
-        n_samples = (lens * samples.shape[1]).round()
-        return PaddedData(
-            waves.masked_fill_(torch.arange(samples.shape[1], device=samples.device) >= n_samples[:, None], 0.0), lens
-        )
+        waves = as_floats(samples) - self.mean.to(samples.device)[:, None]
+        past_end = torch.arange(samples.shape[1], device=samples.device) >= self.n_samples.to(samples.device)[:, None]
+        return PaddedData(waves.masked_fill_(past_end, 0.0), lens)
 
     def __getitem__(self, key):
         return self.sig if key == "sig" else super().__getitem__(key)

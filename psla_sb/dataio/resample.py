@@ -9,6 +9,7 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import soundfile
 import torch
 from torch.utils.data import DataLoader
@@ -81,7 +82,7 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
     InputError
         A copy cannot be written.
     ValueError
-        There are not as many targets as sources, or no workers.
+        There are not as many targets as sources, or no workers, or a target has another ending.
 
     Example
     -------
@@ -95,6 +96,9 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
     """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} sources but {len(targets)} targets")
+    sources, targets = pa.array(sources, pa.string()), pa.array(targets, pa.string())
+    if not pc.all(pc.match_substring_regex(targets, r"\.(flac|wav)$"), min_count=0).as_py():
+        raise ValueError(f"targets must end in one of {', '.join(FORMATS)}")
     if n_workers is None:
         # a container may have fewer cores than the machine
         n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -103,7 +107,7 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
     durations, errors = np.full(len(sources), np.nan), {}
     with one_process(folder):
         loader = DataLoader(
-            _Copies(pa.array(sources, pa.string()), pa.array(targets, pa.string()), str(folder), sample_rate),
+            _Copies(sources, targets, str(folder), sample_rate),
             batch_size=None,
             # never in this process: results depend on the number of threads, and workers have one
             num_workers=max(1, min(n_workers, len(sources))),

@@ -12,7 +12,6 @@ from speechbrain import Stage
 from psla_sb.brain import FIGURES, TaggingBrain, trained_modules
 from psla_sb.checkpoints import load_into, load_weights, snapshot_path
 from psla_sb.command_line import load_hparams
-from psla_sb.dataio.dataset import ClipBatch
 from psla_sb.experiment import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary
 from runs import TINY, TRAIN, command, differences, finish, run, start
@@ -52,7 +51,7 @@ def test_two_gloo_ranks_train_and_score_like_one_process(mini_data, tmp_path, mo
     hparams = load_hparams(TRAIN.parent / "hparams" / "mini.yaml", overrides)
     brain = TaggingBrain(hparams["modules"], hparams=hparams, run_opts={"device": "cpu"})
     dataset, _ = tagging_dataset("valid", hparams, Vocabulary.from_csv(folder / "class_labels_indices.csv"))
-    loader = brain.make_dataloader(dataset, Stage.VALID, ckpt_prefix=None, batch_size=BATCH, collate_fn=ClipBatch)
+    loader = brain.make_dataloader(dataset, Stage.VALID, ckpt_prefix=None, batch_size=BATCH)
     monkeypatch.setattr(brain, "on_epoch_end", lambda epoch: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
