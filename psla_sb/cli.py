@@ -72,7 +72,7 @@ def tag(arguments=None):
     parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
     along = parser.add_mutually_exclusive_group()
     along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
-    along.add_argument("--events", action="store_true", help="from when to when classes are heard, that score the threshold")
+    along.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
     options = parser.parse_args(arguments)
