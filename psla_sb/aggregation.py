@@ -20,8 +20,8 @@ from psla_sb.dataio.dataset import clip_loader
 from psla_sb.errors import InputError
 from psla_sb.export import definitions_text, read_definitions
 from psla_sb.inference import AudioTagger
-from psla_sb.interop import read_tagger
 from psla_sb.lobes.features import n_samples_for
+from psla_sb.transfer import read_tagger
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50

@@ -26,9 +26,9 @@ from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_bal
 from psla_sb.errors import InputError
 from psla_sb.evaluation import evaluate, example, results_table
 from psla_sb.export import export_tagger
-from psla_sb.interop import load_pretrained_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import n_samples_for
+from psla_sb.transfer import load_pretrained_tagger
 
 logger = get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""PSLA's published checkpoints, read and written; and trained taggers to start a training from.
+"""PSLA's published checkpoints, read and written.
 
 A published checkpoint is a state dict with `effnet.*` (efficientnet_pytorch's names) and `attention.*`, usually behind the prefix
 `module.` that DataParallel adds. What kind of model it is of is read off its tensors. As a program this module turns one into the
@@ -12,21 +12,17 @@ import functools
 import re
 import statistics
 from pathlib import Path
-from typing import NamedTuple
 
 import ruamel.yaml
 import torch
-from speechbrain.utils.logger import get_logger
 from torch import nn
 
-from psla_sb.checkpoints import atomic_write, load_into, load_weights
+from psla_sb.checkpoints import atomic_write, load_into
 from psla_sb.errors import InputError
 from psla_sb.export import write_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import PADDINGS, VARIANTS, EfficientNetEncoder
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-
-logger = get_logger(__name__)
 
 # efficientnet-pytorch 0.7.0, with which the published models were trained, pads so
 PUBLISHED_PADDING = "symmetric"
@@ -84,15 +80,15 @@ def load_psla_checkpoint(path, padding=PUBLISHED_PADDING):
     >>> pooling(encoder(torch.zeros(1, 1056, 128))).shape
     torch.Size([1, 527])
     """
-    state = _read_tensors(path)
+    state = read_tensors(path)
     prefix = "module." if any(key.startswith("module.") for key in state) else ""
     effnet, attention = f"{prefix}effnet", f"{prefix}attention"
     state = {key: value for key, value in state.items() if not key.startswith(f"{effnet}._fc.")}
-    variant = _variant_of(_below(effnet, state))
+    variant = _variant_of(below(effnet, state))
     if variant is None:
         raise InputError(f"{path}: not a PSLA checkpoint: it has no tensor 'effnet.*' of an EfficientNet")
     encoder = EfficientNetEncoder(variant, padding=padding)
-    pooling = _new_pooling(_below(attention, state), encoder.out_channels)
+    pooling = _new_pooling(below(attention, state), encoder.out_channels)
     load_into({effnet: encoder, attention: pooling}, state, f"{path}, read as a PSLA checkpoint of efficientnet-{variant},")
     return encoder.eval(), pooling.eval()
 
@@ -173,80 +169,21 @@ def psla_to_tagger(checkpoint, labels, folder, padding=PUBLISHED_PADDING, n_fram
     write_tagger(folder, ruamel.yaml.YAML().load(definitions), modules, vocabulary)
 
 
-class Transfer(NamedTuple):
-    """Which tensors of a trained tagger a model has taken over; names as in a snapshot.
-
-    Example
-    -------
-    >>> print(Transfer(["embedding_model._bn0.bias"], ["classifier.cla.bias"]))
-    1 tensors taken; 1 not taken: classifier.cla.bias
-    """
-
-    taken: list
-    not_taken: list
-
-    def __str__(self):
-        return f"{len(self.taken)} tensors taken; {len(self.not_taken)} not taken" + (
-            f": {', '.join(self.not_taken)}" if self.not_taken else ""
-        )
-
-
-def load_pretrained_tagger(source, modules):
-    """Fills a model with the weights of a trained tagger, to train it further.
-
-    Where the pooling's tensors differ, as with another number of classes, only the encoder is taken.
-
-    Arguments
-    ---------
-    source : str or Path
-        The folder of a tagger, a checkpoint folder of SpeechBrain's, a run's snapshot (`.safetensors`), or a checkpoint of the
-        published code.
-    modules : dict of str to torch.nn.Module
-        `embedding_model` and `classifier`, filled in place.
-
-    Returns
-    -------
-    Transfer
-        The names of the source's tensors that were taken, and that were not.
+def read_tensors(path):
+    """A state dict that `torch.save` wrote. Code in the file is never run.
 
     Raises
     ------
     InputError
-        The source cannot be read, or its encoder is another one.
+        The file cannot be read, or holds anything but names and plain tensors.
 
     Example
     -------
     >>> path = getfixture("tmp_path") / "model.pth"
-    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 527))
-    >>> modules = {"embedding_model": EfficientNetEncoder("b0", padding="symmetric"), "classifier": MeanPooling(1280, 200)}
-    >>> print(load_pretrained_tagger(path, modules))
-    358 tensors taken; 2 not taken: classifier.cla.weight, classifier.cla.bias
+    >>> torch.save({"bias": torch.zeros(2)}, path)
+    >>> read_tensors(path)
+    {'bias': tensor([0., 0.])}
     """
-    trained, padding = read_tagger(Path(source))
-    encoder, pooling = modules["embedding_model"], modules["classifier"]
-    try:
-        state = {f"embedding_model.{key}": value for key, value in trained["embedding_model"].items()}
-        load_into({"embedding_model": encoder}, state, source)
-    except InputError as error:
-        raise InputError(f"{error}. The encoders differ: choose the variant that {source} has") from None
-    fits = _shapes(trained["classifier"]) == _shapes(pooling.state_dict())
-    if fits:
-        pooling.load_state_dict(trained["classifier"])
-    if padding is not None and isinstance(encoder, EfficientNetEncoder) and padding != encoder.padding:
-        logger.warning(
-            "%s was trained with padding '%s', but the model pads '%s': its outputs will differ. Set the padding of "
-            "embedding_model, if that is not meant.",
-            source,
-            padding,
-            encoder.padding,
-        )
-    names = {part: [f"{part}.{key}" for key in trained[part]] for part in ("embedding_model", "classifier")}
-    if fits:
-        return Transfer(names["embedding_model"] + names["classifier"], [])
-    return Transfer(names["embedding_model"], names["classifier"])
-
-
-def _read_tensors(path):
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
@@ -266,60 +203,14 @@ def _read_tensors(path):
     return state
 
 
-def read_tagger(source):
-    """The weights of a trained tagger.
-
-    Arguments
-    ---------
-    source : Path
-        The folder of a tagger, a checkpoint folder of SpeechBrain's, a run's snapshot, or a checkpoint of the published code.
-
-    Returns
-    -------
-    (dict, str or None)
-        `{"embedding_model": state dict, "classifier": state dict}`, and the encoder's padding, None if that is not known.
-
-    Raises
-    ------
-    InputError
-        The source cannot be read.
+def below(name, state):
+    """The entries `name.*` of a state dict, without `name.`.
 
     Example
     -------
-    >>> path = getfixture("tmp_path") / "model.pth"
-    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 527))
-    >>> weights, padding = read_tagger(path)
-    >>> list(weights["classifier"]), padding
-    (['cla.weight', 'cla.bias'], 'symmetric')
+    >>> below("classifier", {"classifier.bias": 1, "other.bias": 2})
+    {'bias': 1}
     """
-    if (source / "CKPT.yaml").is_file():
-        # as in `<output_folder>/save/CKPT+.../`
-        trained = {part: _read_tensors(source / f"{part}.ckpt") for part in ("embedding_model", "classifier")}
-        return trained, _padding_in(source.resolve().parents[1] / "hyperparams.yaml")
-    if source.is_dir():
-        trained = {part: load_weights(source / f"{part}.ckpt") for part in ("embedding_model", "classifier")}
-        return trained, _padding_in(source / "hyperparams.yaml")
-    if source.suffix == ".safetensors":
-        state = load_weights(source)
-        # a run keeps its snapshots in a folder beside its YAML file
-        trained = {part: _below(part, state) for part in ("embedding_model", "classifier")}
-        return trained, _padding_in(source.resolve().parents[1] / "hyperparams.yaml")
-    encoder, pooling = load_psla_checkpoint(source)
-    return {"embedding_model": encoder.state_dict(), "classifier": pooling.state_dict()}, PUBLISHED_PADDING
-
-
-def _padding_in(hparams_file):
-    """What a tagger's or run's YAML file says, None if there is no file."""
-    if not hparams_file.is_file():
-        return None
-    try:
-        return ruamel.yaml.YAML().load(hparams_file.read_text(encoding="utf-8"))["embedding_model"].get("padding", "tensorflow")
-    except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{hparams_file}: does not define an embedding_model ({error!r})") from None
-
-
-def _below(name, state):
-    """The entries `name.*` of a state dict, without `name.`."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
 
 

@@ -13,11 +13,12 @@ from torch import nn
 from psla_sb.checkpoints import load_into, load_weights, save_weights
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
-from psla_sb.interop import load_pretrained_tagger, load_psla_checkpoint, main, psla_to_tagger, save_psla_checkpoint
+from psla_sb.interop import load_psla_checkpoint, main, psla_to_tagger, save_psla_checkpoint
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+from psla_sb.transfer import load_pretrained_tagger
 
 # What the published code gave for clips 0 and 1 through state_dict("b0", 4, 200): the probabilities of every tenth class.
 # fmt: off
