@@ -26,7 +26,9 @@ setup(
         "safetensors",
         "scikit-learn",
         "scipy",
-        "soundfile",
+        "soundfile>=0.13",
+        # it has no wheels for Linux on ARM; there libsndfile reads all files
+        "miniaudio>=1.71; platform_machine != 'aarch64'",
         "tqdm",
         "matplotlib",
     ],

@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchaudio.compliance.kaldi import fbank
 from torchaudio.transforms import FrequencyMasking, TimeMasking
 
-from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker
+from psla_sb.dataio.batches import ClipBatch
+from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.mini_sounds import SOUNDS, synthesise
 from psla_sb.dataio.packing import pack
+from psla_sb.dataio.resample import FORMATS
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.lobes.features import n_samples_for
@@ -70,11 +72,12 @@ class PerClipFeatures(Dataset):
 
 
 def write_clips(folder, n_clips, ending):
-    """Events of several kinds in noise, which compress about as recordings do; returns the annotation's path."""
+    """Events of several kinds in noise, which compress about as recordings do, in files like the recipes' copies; returns the
+    annotation's path."""
     rng, names = np.random.default_rng(0), list(SOUNDS)
     for row in range(n_clips):
         wave = rng.normal(0, 0.01, SECONDS * RATE) + 0.4 * synthesise(names[row % len(names)], rng, SECONDS * RATE, RATE)
-        soundfile.write(folder / f"{row}.{ending}", wave.clip(-1, 1), RATE)
+        soundfile.write(folder / f"{row}.{ending}", wave.clip(-1, 1), RATE, subtype="PCM_16", **FORMATS[f".{ending}"])
     rows = range(n_clips)
     paths = [str(folder / f"{row}.{ending}") for row in rows]
     Manifest.from_columns([str(row) for row in rows], paths, [SECONDS] * n_clips, [""] * n_clips).to_csv(folder / "all.csv")

@@ -16,7 +16,8 @@ import soundfile
 from speechbrain.dataio.dataset import DynamicItemDataset
 from torch.utils.data import DataLoader
 
-from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker
+from psla_sb.dataio.batches import ClipBatch
+from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
 from psla_sb.labels.vocabulary import Vocabulary

@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm, parameters_to_vector
 
 from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
 from psla_sb.dataio.bad_clips import audio_check, check_audio
-from psla_sb.dataio.dataset import ClipBatch
+from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError
 from psla_sb.metrics import TaggingStats, summarize
 

@@ -8,7 +8,8 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
 from psla_sb.dataio.audio import as_floats, read_clip
-from psla_sb.dataio.dataset import ClipBatch, TaggingDataset, init_worker, pad_right
+from psla_sb.dataio.batches import ClipBatch, pad_right
+from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, Draw, MixupBatchSampler
 from psla_sb.labels.label_sets import LabelSets

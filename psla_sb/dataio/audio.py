@@ -10,6 +10,7 @@ import torch
 from torchaudio.transforms import Resample
 
 from psla_sb.dataio import packs
+from psla_sb.dataio.flac import read_flac
 from psla_sb.errors import InputError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
@@ -109,6 +110,8 @@ def _source(path):
 
 def _decoded(source):
     """`[samples, channels]`, int16 or float32, and the sample rate."""
+    if (flac := read_flac(source)) is not None:
+        return flac
     with soundfile.SoundFile(source) as file:
         # libsndfile makes the same floats of 16 bits as `as_floats`, in more time
         is_16_bit = file.format in ("WAV", "WAVEX", "FLAC") and file.subtype == "PCM_16"

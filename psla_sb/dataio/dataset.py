@@ -10,21 +10,19 @@ import signal
 
 import numpy as np
 import torch
-from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, as_floats, read_samples
+from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
 from psla_sb.labels.label_sets import LabelSets
 
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "target", "partner", "error"]
 COMPACT_KEYS = ["samples", "mean"]
-# of a batch, what goes to the device
-DEVICE_KEYS = ["samples", "target", "teacher"]
 CROPS = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
 # of glibc's malloc.h
@@ -63,7 +61,8 @@ class TaggingDataset(DynamicItemDataset):
     redraw : callable, optional
         Takes a Draw and the number of the attempt, from 1, and returns the Draw to replace it; such as `MixupBatchSampler.redraw`.
     compact : bool
-        Whether items have, in place of `sig`, `samples` and `mean` (see `psla_sb.dataio.audio.read_samples`), for `ClipBatch`.
+        Whether items have, in place of `sig`, `samples` and `mean` (see `psla_sb.dataio.audio.read_samples`), for
+        `psla_sb.dataio.batches.ClipBatch`.
 
     Raises
     ------
@@ -144,71 +143,6 @@ class TaggingDataset(DynamicItemDataset):
 
     def _item(self, draw):
         return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
-
-
-def pad_right(tensors):
-    """SpeechBrain's `batch_pad_right` for vectors, but a worker copies each only once, into memory that it shares.
-
-    Arguments
-    ---------
-    tensors : list of torch.Tensor
-        `[samples]` each.
-
-    Returns
-    -------
-    (torch.Tensor, torch.Tensor)
-        `[batch, most samples]`, with zeros after the shorter ones; and relative lengths `[batch]`.
-
-    Example
-    -------
-    >>> pad_right([torch.ones(1), torch.ones(2)])
-    (tensor([[1., 0.], [1., 1.]]), tensor([0.5000, 1.0000]))
-    """
-    most = max(map(len, tensors))
-    padded = [t if len(t) == most else torch.nn.functional.pad(t, (0, most - len(t))) for t in tensors]
-    return default_collate(padded), torch.tensor([len(t) / most for t in tensors])
-
-
-class ClipBatch(PaddedBatch):
-    """A `PaddedBatch` of a compact `TaggingDataset`: half as large on its way from a worker process to the device.
-
-    What travels are 16-bit samples, if all of its files are of that kind, and `sig` makes the waveforms of them, the same to the
-    last bit as those of a `TaggingDataset` that is not compact.
-
-    Arguments
-    ---------
-    items : list of dict
-        Items of the data set.
-
-    Example
-    -------
-    >>> samples = torch.tensor([1, -2, 4], dtype=torch.int16)
-    >>> batch = ClipBatch([{"samples": samples, "mean": 1 / 2**15}, {"samples": samples[:1], "mean": 0.0}])
-    >>> batch.samples.data.dtype, batch.sig.data * 2**15
-    (torch.int16, tensor([[ 0., -3.,  3.],
-            [ 1.,  0.,  0.]]))
-    """
-
-    def __init__(self, items):
-        if any(item["samples"].dtype != torch.int16 for item in items):
-            items = [{**item, "samples": as_floats(item["samples"]) - item["mean"], "mean": 0.0} for item in items]
-        super().__init__(items, device_prep_keys=DEVICE_KEYS, padding_func=pad_right)
-        # relative lengths in float32 are not exact for clips of minutes
-        self.mean, self.n_samples = self.mean.float(), torch.tensor([len(item["samples"]) for item in items])
-
-    @property
-    def sig(self):
-        """The waveforms `[batch, samples]`, float32, their means subtracted, with zeros after the shorter ones; and relative
-        lengths `[batch]`."""
-        samples, lens = self.samples
-        if samples.dtype != torch.int16:
-            return self.samples
-        waves = as_floats(samples) - self.mean.to(samples.device)[:, None]
-        past_end = torch.arange(samples.shape[1], device=samples.device) >= self.n_samples.to(samples.device)[:, None]
-        return PaddedData(waves.masked_fill_(past_end, 0.0), lens)
-
-    def __getitem__(self, key):
-        return self.sig if key == "sig" else super().__getitem__(key)
 
 
 def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="first"):

@@ -20,7 +20,8 @@ from psla_sb.dataio.audio import AudioError, read_audio
 from psla_sb.errors import InputError
 
 FULL_SCALE = 2**15
-FORMATS = {".flac": "FLAC", ".wav": "WAV"}
+# FLAC of the lowest level, which is 4 % larger than by default, and is decoded in nine tenths of the time
+FORMATS = {".flac": {"format": "FLAC", "compression_level": 0.0}, ".wav": {"format": "WAV"}}
 # clips that wait for each worker, so that a long one holds up no other
 CLIPS_AHEAD = 32
 
@@ -180,7 +181,7 @@ def resample_clip(source, target, sample_rate=16000):
         # libsndfile does not tell of a full disk what Python does
         encoded = io.BytesIO()
         kind = FORMATS[os.path.splitext(target)[1]]
-        soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", format=kind)
+        soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", **kind)
         with atomic_write(target) as temporary:
             temporary.write_bytes(encoded.getvalue())
         seconds = len(samples) / sample_rate
