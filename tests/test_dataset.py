@@ -7,7 +7,7 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.dataio.dataloader import SaveableDataLoader
 
-from psla_sb.dataio.audio import as_floats, read_clip
+from psla_sb.dataio.audio import centred, read_clip
 from psla_sb.dataio.batches import ClipBatch, pad_right
 from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
@@ -44,7 +44,7 @@ def test_items(dataset, tmp_path):
         assert torch.equal(item["target"], torch.tensor([float(c in labels) for c in range(4)]))
         if i != BROKEN:
             assert item["error"] is None
-            clip = as_floats(item["samples"]) - item["mean"] if dataset.compact else item["sig"]
+            clip = centred(item["samples"], item["mean"]) if dataset.compact else item["sig"]
             assert torch.equal(clip, read_clip(tmp_path / f"{i}.wav", n_samples=900))
 
 

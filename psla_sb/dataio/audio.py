@@ -1,6 +1,7 @@
 """Sound files as mono float waveforms at the model's sample rate, and one clear error for those that cannot be read."""
 
 import io
+import math
 import os
 from fractions import Fraction
 from functools import lru_cache
@@ -271,12 +272,11 @@ def read_clip(path, sample_rate=16000, n_samples=None, place=0.0):
     >>> read_clip(path, n_samples=200, place=0.5)[0]
     tensor(-0.1250)
     """
-    samples, mean = read_samples(path, sample_rate, n_samples, place)
-    return as_floats(samples) - mean
+    return centred(*read_samples(path, sample_rate, n_samples, place))
 
 
 def read_samples(path, sample_rate=16000, n_samples=None, place=0.0):
-    """`read_clip` in as few bytes as it takes: of a 16-bit file in one channel at this rate the samples, and what to subtract.
+    """`read_clip` in as few bytes and steps as it takes: of a 16-bit file in one channel at this rate the samples themselves.
 
     Arguments
     ---------
@@ -286,7 +286,7 @@ def read_samples(path, sample_rate=16000, n_samples=None, place=0.0):
     Returns
     -------
     (torch.Tensor, float)
-        `[samples]`, int16 or float32, and a mean: `as_floats` of the samples, less the mean, is the clip.
+        `[samples]`, int16 or float32, and what to subtract: see `centred`.
 
     Raises
     ------
@@ -300,13 +300,47 @@ def read_samples(path, sample_rate=16000, n_samples=None, place=0.0):
     >>> read_samples(path, n_samples=2)
     (tensor([16384, 16384], dtype=torch.int16), 0.125)
     """
-    samples = _read(path, sample_rate)
-    if samples.dtype == torch.int16:
-        mean = samples.sum().item() / len(samples) / 2**15
-    else:
+    samples, mean = _read(path, sample_rate), math.nan
+    if samples.dtype != torch.int16:
         samples -= samples.mean()
         mean = 0.0
     if n_samples is not None and len(samples) > n_samples:
+        if math.isnan(mean):
+            mean = _mean(samples, len(samples)).item()
         start = int(place * (len(samples) - n_samples + 1))
         samples = samples[start : start + n_samples]
     return samples, mean
+
+
+def centred(samples, mean, n_samples=None):
+    """Samples as floats, less their means.
+
+    Arguments
+    ---------
+    samples : torch.Tensor
+        `[samples]` or, padded with zeros, `[batch, samples]`; int16 or float32.
+    mean : float or torch.Tensor
+        What to subtract, in full scales; `[batch, 1]` for a batch. NaN stands for the mean of the int16 samples themselves: to take
+        it of a whole batch is faster.
+    n_samples : torch.Tensor, optional
+        `[batch, 1]`, without padding.
+
+    Returns
+    -------
+    torch.Tensor
+        As the samples, float32; padding is not zero any more.
+
+    Example
+    -------
+    >>> centred(torch.tensor([0, 2**14], dtype=torch.int16), math.nan)
+    tensor([-0.2500,  0.2500])
+    >>> centred(torch.tensor([[0, 2**14]], dtype=torch.int16), torch.tensor([[0.5]]))
+    tensor([[-0.5000,  0.0000]])
+    """
+    mean = torch.as_tensor(mean, dtype=torch.float32, device=samples.device)
+    own = _mean(samples, samples.shape[-1] if n_samples is None else n_samples)
+    return as_floats(samples) - torch.where(mean.isnan(), own, mean)
+
+
+def _mean(samples, n_samples):
+    return samples.sum(-1, keepdim=samples.dim() > 1) / n_samples / 2**15

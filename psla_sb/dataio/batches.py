@@ -11,7 +11,7 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch, PaddedData
 from torch.utils.data import default_collate, get_worker_info
 
-from psla_sb.dataio.audio import as_floats
+from psla_sb.dataio.audio import centred
 
 # of a batch, what goes to the device
 DEVICE_KEYS = ["samples", "target", "teacher"]
@@ -69,7 +69,7 @@ class ClipBatch(PaddedBatch):
 
     def __init__(self, items):
         if any(item["samples"].dtype != torch.int16 for item in items):
-            items = [{**item, "samples": as_floats(item["samples"]) - item["mean"], "mean": 0.0} for item in items]
+            items = [{**item, "samples": centred(item["samples"], item["mean"]), "mean": 0.0} for item in items]
         first = items[0]["samples"]
         super().__init__(items, device_prep_keys=DEVICE_KEYS, padding_func=lambda batch: pad_right(batch, batch[0] is first))
         self._lent = get_worker_info() is not None
@@ -88,9 +88,9 @@ class ClipBatch(PaddedBatch):
         samples, lens = self.samples
         if samples.dtype != torch.int16:
             return self.samples
-        waves = as_floats(samples) - self.mean.to(samples.device)[:, None]
-        past_end = torch.arange(samples.shape[1], device=samples.device) >= self.n_samples.to(samples.device)[:, None]
-        return PaddedData(waves.masked_fill_(past_end, 0.0), lens)
+        n_samples = self.n_samples.to(samples.device)[:, None]
+        past_end = torch.arange(samples.shape[1], device=samples.device) >= n_samples
+        return PaddedData(centred(samples, self.mean[:, None], n_samples).masked_fill_(past_end, 0.0), lens)
 
     def __getitem__(self, key):
         return self.sig if key == "sig" else super().__getitem__(key)

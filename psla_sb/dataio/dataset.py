@@ -1,7 +1,6 @@
 """A SpeechBrain data set over a `Manifest`: what a loader's worker process does with a clip.
 
-A worker decodes, takes the clip's mean and cuts; the mean is subtracted and features are computed on the device, a whole batch at a
-time.
+A worker decodes and cuts; means are subtracted and features are computed on the device, a whole batch at a time.
 """
 
 import ctypes
@@ -15,7 +14,7 @@ from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from psla_sb.dataio.audio import AudioError, as_floats, read_samples
+from psla_sb.dataio.audio import AudioError, centred, read_samples
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
 from psla_sb.labels.label_sets import LabelSets
@@ -113,7 +112,7 @@ class TaggingDataset(DynamicItemDataset):
         @takes("samples", "mean")
         @provides("sig")
         def sig_pipeline(samples, mean):
-            return as_floats(samples) - mean
+            return centred(samples, mean)
 
         @takes("index")
         @provides("target")
