@@ -148,7 +148,7 @@ def find_clips(folder, besides=None):
     Arguments
     ---------
     folder : str or Path
-        Where to look.
+        Where to look; links to other folders are followed.
     besides : Path, optional
         A folder in it that is not looked into: that of the copies.
 
@@ -169,7 +169,10 @@ def find_clips(folder, besides=None):
     for top, folders, names in tqdm(
         os.walk(folder, followlinks=True), desc=f"Looking for clips in {folder}", unit=" folders", disable=None
     ):
-        folders[:] = [name for name in folders if Path(top, name) != besides]
+        here = Path(os.path.realpath(top))
+        inside = [path for path in (Path(top, name) for name in folders) if path != besides]
+        # a link to a folder that it is in would lead round and round
+        folders[:] = [path.name for path in inside if not (path.is_symlink() and here.is_relative_to(path.resolve()))]
         # names that are not UTF-8 are no clips of AudioSet, but may lie about
         names = [os.fsencode(name).decode(errors="replace") for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
         paths.append(pa.array([os.path.join(os.path.relpath(top, folder), name) for name in names], pa.string()))

@@ -80,6 +80,9 @@ def test_clips_in_linked_folders_are_found(tmp_path):
     (tmp_path / "disk" / "abcdefghijk.wav").touch()
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "linked").symlink_to(tmp_path / "disk")
+    # links that lead round and round are not
+    (tmp_path / "audio" / "self").symlink_to(tmp_path / "audio")
+    (tmp_path / "disk" / "above").symlink_to(tmp_path)
     assert find_clips(tmp_path / "audio")[1].to_pylist() == ["linked/abcdefghijk.wav"]
 
 
