@@ -2,7 +2,9 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +17,11 @@ N_BATCHES, PREFETCH = 30, 2
 
 
 class CountedBatch(ClipBatch):
-    """It tells how many pieces of memory its worker shares."""
+    """It tells how many pieces of memory its worker shares, and which process that is."""
 
     def __init__(self, items):
         super().__init__(items)
-        self.n_shared = len(batches._shared)
+        self.n_shared, self.worker = len(batches._shared), os.getpid()
 
 
 class Ramps:
@@ -73,6 +75,19 @@ def test_memory_received_in_inference_mode_is_used_again():
         with torch.inference_mode():
             batch = next(batches_left)
     assert batch.n_shared <= PREFETCH + 2
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory cannot be listed here")
+@pytest.mark.parametrize("strategy", sorted(torch.multiprocessing.get_all_sharing_strategies()))
+def test_a_worker_leaves_no_memory_behind(strategy):
+    usual = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy(strategy)
+    try:
+        workers = {batch.worker for batch in loader()}
+    finally:
+        torch.multiprocessing.set_sharing_strategy(usual)
+    assert len(workers) == 1
+    assert not list(Path("/dev/shm").glob(f"torch_{workers.pop()}_*"))
 
 
 def test_batches_that_are_kept_stay_as_they_are():

@@ -1,15 +1,18 @@
 """16-bit FLAC by miniaudio's decoder, against libsndfile."""
 
 import io
+import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from psla_sb.dataio import flac
-from psla_sb.dataio.audio import read_audio
+from psla_sb.dataio.audio import AudioError, read_audio
 
 pytestmark = pytest.mark.skipif(flac.lib is None, reason="miniaudio is not installed")
 
@@ -54,12 +57,44 @@ def test_half_a_file_is_not_taken_for_sound():
     assert flac.read_flac(io.BytesIO(data[: len(data) // 2])) is None
 
 
-def test_a_header_that_promises_too_much_is_left():
-    data = bytearray(encoded(5000))
-    assert int.from_bytes(data[21:26], "big") & 2**36 - 1 == 5000
-    data[21] |= 15
-    data[22:26] = b"\xff" * 4
-    assert flac.read_flac(io.BytesIO(bytes(data))) is None
+def promising(n_samples, channels=1):
+    """A file of 5000 samples whose header says that it has more."""
+    data = encoded(5000, channels)
+    header = int.from_bytes(data[18:26], "big")
+    assert header % 2**36 == 5000
+    return data[:18] + (header - 5000 + n_samples).to_bytes(8, "big") + data[26:]
+
+
+@pytest.mark.parametrize("n_samples", [5001, flac.MOST_FRAMES, flac.MOST_FRAMES + 1, 2**36 - 1])
+def test_a_header_that_promises_too_much_is_left(n_samples):
+    assert flac.read_flac(io.BytesIO(promising(n_samples))) is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is not known here")
+def test_what_there_is_no_room_for_is_an_error_of_the_file(tmp_path):
+    (tmp_path / "a.flac").write_bytes(promising(flac.MOST_FRAMES, channels=8))
+
+    def read():
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 2**28
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        with pytest.raises(AudioError, match=r"a\.flac: cannot be decoded"):
+            read_audio(tmp_path / "a.flac")
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_the_default_device_does_not_matter():
+    data = io.BytesIO(encoded(100))
+    expected, _ = flac.read_flac(data)
+    with torch.device("meta"):
+        samples, _ = flac.read_flac(data)
+    assert torch.equal(samples, expected)
 
 
 def test_other_files_are_left(tmp_path):

@@ -90,7 +90,7 @@ def _read(path, sample_rate):
 
 
 def _source(path):
-    """What libsndfile is to read: the file of this name, or the bytes of a clip in a pack.
+    """What is to be decoded: the file of this name, or the bytes of a clip in a pack.
 
     Nothing but a regular file is opened: a pipe or a device would keep the reader for ever.
     """
@@ -149,7 +149,9 @@ def _mono(path, wave):
 
 
 def read_blocks(path, sample_rate=16000, seconds=10.0):
-    """Decodes a sound file of any length piece by piece: the pieces, joined, are what `read_audio` returns.
+    """Decodes a sound file of any length piece by piece.
+
+    The pieces, joined, are what `read_audio` returns, if the file is not damaged.
 
     Arguments
     ---------

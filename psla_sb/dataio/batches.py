@@ -1,11 +1,13 @@
 """Batches of clips on their way from a loader's worker processes to the device.
 
 The waveforms lie in memory that a worker shares with the process that trains. When that has dropped the batch, the worker uses the
-memory for another one: to be given fresh memory by the system takes as long as to read uncompressed clips.
+memory for another one: to be given fresh memory by the system takes as long as to read uncompressed clips. A worker keeps as much
+as there were batches in use at a time.
 """
 
 import os
 import weakref
+from multiprocessing.util import Finalize
 
 import torch
 from speechbrain.dataio.batch import PaddedBatch, PaddedData
@@ -51,7 +53,8 @@ class ClipBatch(PaddedBatch):
     """A `PaddedBatch` of a compact `TaggingDataset`: half as large on its way from a worker process to the device.
 
     What travels are 16-bit samples, if all of its files are of that kind, and `sig` makes the waveforms of them, the same to the
-    last bit as those of a `TaggingDataset` that is not compact.
+    last bit as those of a `TaggingDataset` that is not compact. It is this object that a loader's `collate_fn` must return, because
+    it tells the worker when its memory can be used again. A process forked off by the receiver must clone what it keeps of a batch.
 
     Arguments
     ---------
@@ -102,8 +105,11 @@ def _in_lent_memory(tensors):
     size = HEADER + shape[0] * shape[1] * dtype.itemsize
     memory = next((memory for memory in _shared if len(memory) >= size and not memory[0]), None)
     if memory is None:
+        if not _shared:
+            # a worker ends without clearing up, and not every system counts who shares memory
+            Finalize(None, _shared.clear, exitpriority=0)
         _shared[:] = [other for other in _shared if other[0]]
-        memory = torch.zeros(size, dtype=torch.uint8).share_memory_()
+        memory = torch.zeros(size, dtype=torch.uint8, device="cpu").share_memory_()
         _shared.append(memory)
     memory[0] = 1
     return torch.stack(tensors, out=memory[HEADER:size].view(dtype).view(shape))
@@ -112,13 +118,13 @@ def _in_lent_memory(tensors):
 def _to_give_back(tensor):
     """The same tensor of lent memory, which goes back when nobody has the tensor or a view of it any more."""
     # NumPy's arrays can be written to in every mode of autograd
-    mark = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), 0, (1,)).numpy()
+    mark = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage(), 0, (1,)).numpy()
     array = tensor.numpy()
     weakref.finalize(array, _give_back, mark, os.getpid()).atexit = False
     return torch.from_numpy(array)
 
 
 def _give_back(mark, borrower):
-    # a process that was forked off has its own copies of the batch
+    # it is not for a process that was forked off to say
     if os.getpid() == borrower:
         mark[0] = 0

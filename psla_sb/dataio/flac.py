@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 import torch
 
 try:
@@ -27,6 +28,11 @@ def read_flac(source):
     (torch.Tensor, int) or None
         `[samples, channels]`, int16, and the sample rate in Hz. None if it is something else, damaged, longer than `MOST_FRAMES`,
         or of a length that its header does not tell.
+
+    Raises
+    ------
+    MemoryError
+        There is no room for what the header promises.
 
     Example
     -------
@@ -64,9 +70,10 @@ def _decode(data):
         n_frames = flac.totalPCMFrameCount
         if flac.bitsPerSample != 16 or not 0 < n_frames <= MOST_FRAMES:
             return None
-        samples = torch.empty(n_frames, flac.channels, dtype=torch.int16)
-        done = lib.ma_dr_flac_read_pcm_frames_s16(flac, n_frames, ffi.cast("ma_dr_flac_int16 *", samples.data_ptr()))
+        samples = np.empty((n_frames, flac.channels), np.int16)
+        buffer = ffi.from_buffer("ma_dr_flac_int16[]", samples, require_writable=True)
+        done = lib.ma_dr_flac_read_pcm_frames_s16(flac, n_frames, buffer)
         # it goes over frames with wrong checksums
-        return (samples, flac.sampleRate) if done == n_frames else None
+        return (torch.from_numpy(samples), flac.sampleRate) if done == n_frames else None
     finally:
         lib.ma_dr_flac_close(flac)
