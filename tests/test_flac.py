@@ -58,15 +58,15 @@ def test_half_a_file_is_not_taken_for_sound():
 
 
 def promising(n_samples, channels=1):
-    """A file of 5000 samples whose header says that it has more."""
+    """A file of 5000 samples whose header says that it has so many."""
     data = encoded(5000, channels)
     header = int.from_bytes(data[18:26], "big")
     assert header % 2**36 == 5000
     return data[:18] + (header - 5000 + n_samples).to_bytes(8, "big") + data[26:]
 
 
-@pytest.mark.parametrize("n_samples", [5001, flac.MOST_FRAMES, flac.MOST_FRAMES + 1, 2**36 - 1])
-def test_a_header_that_promises_too_much_is_left(n_samples):
+@pytest.mark.parametrize("n_samples", [1, 4999, 5001, flac.MOST_FRAMES, flac.MOST_FRAMES + 1, 2**36 - 1])
+def test_a_header_with_another_length_is_left(n_samples):
     assert flac.read_flac(io.BytesIO(promising(n_samples))) is None
 
 

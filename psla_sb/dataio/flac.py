@@ -27,7 +27,7 @@ def read_flac(source):
     -------
     (torch.Tensor, int) or None
         `[samples, channels]`, int16, and the sample rate in Hz. None if it is something else, damaged, longer than `MOST_FRAMES`,
-        or of a length that its header does not tell.
+        or not of the length that its header tells.
 
     Raises
     ------
@@ -70,10 +70,11 @@ def _decode(data):
         n_frames = flac.totalPCMFrameCount
         if flac.bitsPerSample != 16 or not 0 < n_frames <= MOST_FRAMES:
             return None
-        samples = np.empty((n_frames, flac.channels), np.int16)
+        # one more than the header promises, to see whether that is all
+        samples = np.empty((n_frames + 1, flac.channels), np.int16)
         buffer = ffi.from_buffer("ma_dr_flac_int16[]", samples, require_writable=True)
-        done = lib.ma_dr_flac_read_pcm_frames_s16(flac, n_frames, buffer)
+        done = lib.ma_dr_flac_read_pcm_frames_s16(flac, n_frames + 1, buffer)
         # it goes over frames with wrong checksums
-        return (torch.from_numpy(samples), flac.sampleRate) if done == n_frames else None
+        return (torch.from_numpy(samples[:done]), flac.sampleRate) if done == n_frames else None
     finally:
         lib.ma_dr_flac_close(flac)
