@@ -32,7 +32,7 @@ def ending_of(resampled_format):
     Arguments
     ---------
     resampled_format : str
-        "flac"; or "wav", which takes about twice the disk, and which a loader's worker reads three to four times as fast.
+        "flac"; or "wav", which takes about twice the disk, and which a loader's worker reads over three times as fast.
 
     Returns
     -------
