@@ -18,7 +18,7 @@ from speechbrain.utils.distributed import if_main_process, infer_device, run_on_
 from speechbrain.utils.logger import get_logger
 
 from psla_sb import experiment
-from psla_sb.aggregation import average_weights, front_end, score, stamp, update_batch_norm
+from psla_sb.aggregation import average_weights, front_end, score, update_batch_norm
 from psla_sb.brain import read_results, trained_modules
 from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
 from psla_sb.command_line import load_hparams
@@ -34,6 +34,7 @@ from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
 from psla_sb.lobes.features import n_samples_for
 from psla_sb.metrics import summarize
+from psla_sb.score_files import stamp
 
 logger = get_logger(__name__)
 

@@ -16,7 +16,6 @@ import torch
 from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 
-from psla_sb.aggregation import open_scores
 from psla_sb.brain import Interrupted, TaggingBrain
 from psla_sb.command_line import CommandLine, load_hparams
 from psla_sb.dataio.audio import AudioError
@@ -28,6 +27,7 @@ from psla_sb.evaluation import evaluate, example, results_table
 from psla_sb.export import export_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import n_samples_for
+from psla_sb.score_files import open_scores
 from psla_sb.transfer import load_pretrained_tagger
 
 logger = get_logger(__name__)

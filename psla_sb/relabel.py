@@ -13,7 +13,7 @@ import pyarrow.csv
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from psla_sb import experiment
-from psla_sb.aggregation import new_array, score
+from psla_sb.aggregation import score
 from psla_sb.checkpoints import atomic_write
 from psla_sb.command_line import load_hparams
 from psla_sb.dataio.bad_clips import audio_check
@@ -23,6 +23,7 @@ from psla_sb.errors import InputError
 from psla_sb.labels.enhancement import IDS, SCORES, candidate_matrix, class_thresholds, enhance, warn_of_classes_without_clips
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.report import audit, audit_table, class_table, clip_table, mended, mended_by_chance, pair_table
+from psla_sb.score_files import new_array
 
 DESCRIPTION = """\
 Scores the training clips of a recipe with a trained tagger, and adds the parents and children that annotators left out and that

@@ -17,7 +17,7 @@ from speechbrain import Stage
 from torch import nn
 
 from psla_sb import aggregation, interop
-from psla_sb.aggregation import average_weights, open_scores, score, stamp, update_batch_norm
+from psla_sb.aggregation import average_weights, score, update_batch_norm
 from psla_sb.brain import TaggingBrain
 from psla_sb.checkpoints import UNFINISHED, load_weights, save_weights, snapshot_path
 from psla_sb.dataio import dataset
@@ -32,6 +32,7 @@ from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
 from psla_sb.lobes.features import KaldiFbank, n_samples_for
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+from psla_sb.score_files import open_scores, stamp
 from runs import SERVER, score_slowly
 
 
