@@ -36,13 +36,13 @@ setup(
         "onnx": ["onnx", "onnxruntime"],
         "demo": ["gradio>=6.31,<7"],
         "browser": ["gradio>=6.31,<7", "playwright"],
-        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "onnx", "onnxruntime"],
+        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=70.1", "onnx", "onnxruntime"],
     },
     entry_points={
         "console_scripts": [
             "psla-tag = psla_sb.cli:tag",
             "psla-export = psla_sb.cli:export",
-            "psla-import = psla_sb.interop:main",
+            "psla-import = psla_sb.cli:import_checkpoint",
             "psla-pack = psla_sb.cli:pack",
             "psla-demo = psla_sb.cli:demo",
         ]

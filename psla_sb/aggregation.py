@@ -14,15 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from psla_sb.checkpoints import UNFINISHED, atomic_write, flush, load_weights
+from psla_sb.checkpoints import UNFINISHED, atomic_write, flush
 from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.errors import InputError
-from psla_sb.export import definitions_text, read_definitions
 from psla_sb.inference import AudioTagger
-from psla_sb.lobes.features import n_samples_for
+from psla_sb.lobes import chain
 from psla_sb.score_files import new_array, stamp
-from psla_sb.transfer import read_tagger
+from psla_sb.sources import flat, open_source
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
@@ -72,7 +71,7 @@ def average_weights(paths):
 
 
 def _add_weights(path, total, dtypes, first):
-    state = load_weights(path) if Path(path).suffix == ".safetensors" else _flat(read_tagger(Path(path))[0])
+    state = flat(open_source(path).weights())
     if not dtypes:
         dtypes.update({key: value.dtype for key, value in state.items()})
         total.update({key: torch.zeros(value.shape, dtype=torch.float64) for key, value in state.items()})
@@ -84,10 +83,6 @@ def _add_weights(path, total, dtypes, first):
             shapes = f"{list(state[key].shape)} and {list(total[key].shape)}"
             raise InputError(f"{path} and {first} are not weights of the same model: the shapes of '{key}' are {shapes}")
         total[key] += state[key]
-
-
-def _flat(modules):
-    return {f"{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
 
 
 class _TrainingNorms(nn.Module):
@@ -104,8 +99,8 @@ class _TrainingNorms(nn.Module):
                 module.train(mode)
         return self
 
-    def forward(self, feats):
-        return self.network(feats)
+    def forward(self, feats_and_lens):
+        return chain.call(self.network, *feats_and_lens)
 
 
 def update_batch_norm(modules, loader):
@@ -145,8 +140,8 @@ def update_batch_norm(modules, loader):
     def features():
         for batch in loader:
             check_audio(batch)
-            wavs, wav_lens = (x.to(device) for x in batch.sig)
-            yield modules["mean_var_norm"](modules["compute_features"](wavs, wav_lens))
+            # `update_bn` gives a network the first element of a list
+            yield [chain.features(modules, *(x.to(device) for x in batch.sig))]
 
     update_bn(features(), _TrainingNorms(encoder).eval())
 
@@ -163,6 +158,7 @@ def score(
     labels=None,
     crop="first",
     check=None,
+    trust=(),
 ):
     """The scores of many models on the same clips, in one pass over the sound files.
 
@@ -172,8 +168,8 @@ def score(
 
     Arguments
     ---------
-    members : dict of str to str or Path
-        What `AudioTagger.from_any` loads, by name.
+    members : dict of str to Source, str or Path
+        What `psla_sb.sources.open_source` opens, by name.
     manifest : Manifest
         The clips, from a file.
     vocabulary : Vocabulary
@@ -193,6 +189,8 @@ def score(
         What members hear of a clip that is longer than they were trained on: its "first" samples or its "centre".
     check : callable, optional
         What is done with each batch of clips before it is scored; by default one that cannot be read is an error.
+    trust : sequence of str
+        Modules whose classes members may be made of.
 
     Returns
     -------
@@ -206,16 +204,17 @@ def score(
     """
     folder, run_opts = Path(folder), run_opts or {"device": "cpu"}
     of_clips = {**stamp(manifest, vocabulary), "precision": run_opts.get("precision", "fp32"), "crop": crop}
-    made_from = {name: {"weights": _digest(source), **of_clips} for name, source in members.items()}
+    sources = {name: open_source(member, labels, trust) for name, member in members.items()}
+    made_from = {name: {"weights": source.digest(), **of_clips} for name, source in sources.items()}
     files = {name: folder / f"{name}.npy" for name in members}
     waiting = [name for name, file in files.items() if not file.exists() or _read(file.with_suffix(".json")) != made_from[name]]
     ddp_barrier()
     while waiting:
         taggers = {}
         while waiting and (len(taggers) < at_a_time if at_a_time else _has_room(taggers)):
-            tagger = AudioTagger.from_any(members[waiting[0]], labels, run_opts=run_opts)
+            tagger = AudioTagger.from_source(sources[waiting[0]], run_opts=run_opts)
             if list(tagger.hparams.mids) != vocabulary.mids:
-                raise InputError(f"{members[waiting[0]]} has other classes than the class list, or in another order")
+                raise InputError(f"{sources[waiting[0]].path} has other classes than the class list, or in another order")
             taggers[waiting.pop(0)] = tagger
         settings = {"members": {name: made_from[name] for name in taggers}, "batch_size": batch_size, "crop": crop}
         _score_together(taggers, manifest, folder, settings, num_workers, check)
@@ -239,8 +238,8 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
     n_classes, sample_rate = len(hparams[0].mids), hparams[0].sample_rate
     if any(other.sample_rate != sample_rate for other in hparams):
         raise InputError(f"{', '.join(taggers)}: members have different sample rates; aggregate those of one rate")
-    lengths = [getattr(tagger.mods.compute_features, "n_frames", None) for tagger in taggers.values()]
-    n_samples = None if None in lengths else n_samples_for(max(lengths), sample_rate)
+    lengths = [tagger.n_samples for tagger in taggers.values()]
+    n_samples = None if None in lengths else max(lengths)
     batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)][rank::world_size]
     if int(os.environ.get("GROUP_RANK", 0)) > 0:
         # machines that map one file over a network lose each other's rows: the first one scores, the others wait
@@ -272,8 +271,8 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
             wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
             scores = {}
             for same in front_ends.values():
-                feats = same[0].mods.mean_var_norm(same[0].mods.compute_features(wavs, wav_lens))
-                scores |= {tagger: tagger.tag_features(feats) for tagger in same}
+                feats, lens = same[0].features_and_lens(wavs, wav_lens)
+                scores |= {tagger: tagger.tag_features(feats, lens) for tagger in same}
             for name, tagger in taggers.items():
                 out[name][batch.index] = scores[tagger].float().cpu().numpy()
             bar.update(len(batch.index))
@@ -314,37 +313,29 @@ def _has_room(taggers):
 
 
 def front_end(tagger):
-    """What two taggers whose features are the same have in common.
+    """What two taggers whose features are the same have in common: their parts' settings, or else the features of some noise.
 
     Example
     -------
-    >>> from types import SimpleNamespace
+    >>> from psla_sb.embedding import SoundEncoder
     >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
     >>> taggers = [
-    ...     SimpleNamespace(mods={"compute_features": KaldiFbank(n_mels=n_mels), "mean_var_norm": GlobalNorm()})
+    ...     SoundEncoder(
+    ...         {"compute_features": KaldiFbank(n_mels=n_mels), "mean_var_norm": GlobalNorm(), "embedding_model": nn.Linear(1, 1)},
+    ...         {"sample_rate": 16000},
+    ...     )
     ...     for n_mels in (64, 64, 128)
     ... ]
     >>> len({front_end(tagger) for tagger in taggers})
     2
     """
-    modules = [module for name in ("compute_features", "mean_var_norm") for module in tagger.mods[name].modules()]
-    settings = [{key: value for key, value in vars(module).items() if not key.startswith("_")} for module in modules]
-    tensors = [tensor.cpu().numpy().tobytes() for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return repr([(type(module), setting) for module, setting in zip(modules, settings, strict=True)]), *tensors
-
-
-def _digest(source):
-    """SHA-256 of a member's files, and of the model's definition, which a snapshot does not hold."""
-    source = Path(source)
-    if (source / "results.json").is_file():
-        source = source / "snapshots" / "average.safetensors"
-    files = sorted(file for file in source.iterdir() if file.is_file()) if source.is_dir() else [source]
-    digest = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: no such file")
-        digest.update(file.read_bytes())
-    run = source.resolve().parents[1] / "hyperparams.yaml"
-    if source.suffix == ".safetensors" and run.is_file():
-        digest.update(definitions_text(read_definitions(run)).encode())
-    return digest.hexdigest()
+    parts = [tagger.mods[name] for name in ("compute_features", "mean_var_norm")]
+    if all(type(part).__module__.startswith("psla_sb.") for part in parts):
+        # what follows from equal arguments is equal
+        settings = [{key: value for key, value in vars(part).items() if not key.startswith("_")} for part in parts]
+        return repr([(type(part), setting) for part, setting in zip(parts, settings, strict=True)])
+    rate = tagger.hparams.sample_rate
+    noise = 0.1 * torch.randn(2, rate, generator=torch.Generator().manual_seed(0))
+    feats, lens = tagger.features_and_lens(noise, torch.tensor([1.0, 0.7]))
+    tensors = [x.cpu().numpy().tobytes() for x in (feats, lens)]
+    return *map(type, parts), rate, tagger.n_samples, tuple(feats.shape), hashlib.sha256(b"".join(tensors)).hexdigest()

@@ -1,6 +1,7 @@
 """What happens to a batch, and at the end of an epoch."""
 
 import csv
+import inspect
 import json
 import logging
 import os
@@ -13,18 +14,33 @@ import torch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm, parameters_to_vector
+from torch.nn.utils import get_total_norm
 
-from psla_sb.checkpoints import atomic_write, save_weights, snapshot_path
+from psla_sb.checkpoints import atomic_write, persistent_buffers, remember_statistics, save_weights, snapshot_path, trained_modules
 from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError
+from psla_sb.lobes import chain
 from psla_sb.metrics import TaggingStats, summarize
 
 logger = get_logger(__name__)
 
 FIGURES = ("mAP", "mAUC", "d_prime")
 EPSILON = 1e-7
+
+
+def binary_cross_entropy(probabilities, targets):
+    """The mean over clips and classes of the binary cross-entropy of probabilities `[batch, classes]` with targets in [0, 1].
+
+    PyTorch's own function stops the program where a probability is not a number; this one gives a loss that is none.
+
+    Example
+    -------
+    >>> binary_cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+    tensor(0.6931)
+    """
+    p, t = probabilities, targets
+    return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
 
 
 class Interrupted(BaseException):
@@ -42,8 +58,8 @@ class Interrupted(BaseException):
 class TaggingBrain(sb.Brain):
     """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
 
-    Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `mixup`, `spec_augment`,
-    `schedule` and `train_logger` are used.
+    Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `waveform_augment`
+    (by default `mixup` alone), `spec_augment`, `loss`, `schedule` and `train_logger` (one, or a list) are used.
 
     * Before each batch all random generators are reseeded from (seed, optimizer step, step, rank): a resumed run goes on exactly.
     * Validation scores all clips, sharded over the ranks, and computes its figures from the collected scores. It writes the scores
@@ -87,9 +103,7 @@ class TaggingBrain(sb.Brain):
             `[batch, classes]`
         """
         # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
-        modules = self.hparams.modules
-        feats = modules["mean_var_norm"](modules["compute_features"](wavs, wav_lens))
-        return modules["classifier"](modules["embedding_model"](feats))
+        return chain.probabilities(self.hparams.modules, wavs, wav_lens)
 
     def compute_forward(self, batch, stage):
         """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
@@ -103,10 +117,38 @@ class TaggingBrain(sb.Brain):
             targets = torch.cat([targets, batch.teacher.data], dim=1)
         if stage != sb.Stage.TRAIN:
             return self.scores(wavs, wav_lens), targets
-        wavs, wav_lens, targets = self.hparams.mixup(wavs, wav_lens, targets, sum(batch.partner))
-        feats = self.modules.compute_features(wavs, wav_lens)
-        feats = self.modules.mean_var_norm(self.hparams.spec_augment(feats))
-        return self.modules.classifier(self.modules.embedding_model(feats)), targets
+        wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, sum(batch.partner))
+        return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment), targets
+
+    def augment_waveforms(self, wavs, wav_lens, targets, n_partners):
+        """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone.
+
+        Raises
+        ------
+        InputError
+            The batch has partners for mixup, and nothing in the list mixes; or something changes the number of clips.
+        """
+        mixup = getattr(self.hparams, "mixup", None)
+        for augment in getattr(self.hparams, "waveform_augment", [] if mixup is None else [mixup]):
+            if "targets" in inspect.signature(getattr(augment, "forward", augment)).parameters:
+                wavs, wav_lens, targets = augment(wavs, wav_lens, targets, n_partners)
+                n_partners = 0
+                continue
+            augmented = chain.call(augment, wavs, wav_lens)
+            wavs, wav_lens = augmented if isinstance(augmented, tuple) else (augmented, wav_lens)
+            if len(wavs) != len(targets):
+                raise InputError(f"waveform_augment: {type(augment).__qualname__} made {len(wavs)} clips of {len(targets)}")
+        if n_partners:
+            raise InputError(
+                f"mixup_rate is {self.hparams.mixup_rate}, but nothing in waveform_augment mixes: "
+                "add WaveformMixup, or set mixup_rate to 0"
+            )
+        return wavs, wav_lens, targets
+
+    @property
+    def loss(self):
+        """Takes probabilities and targets `[batch, classes]`."""
+        return getattr(self.hparams, "loss", binary_cross_entropy)
 
     def compute_objectives(self, predictions, batch, stage):
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
@@ -119,8 +161,7 @@ class TaggingBrain(sb.Brain):
             self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
         with torch.autocast(self.device_type, enabled=False):
             p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
-            # PyTorch's own function stops the program where a probability is not a number; this one gives such a loss
-            loss, *distillation = (-(t * p.log() + (1 - t) * (1 - p).log()).mean() for t in targets.split(p.shape[1], dim=1))
+            loss, *distillation = (self.loss(p, t) for t in targets.split(p.shape[1], dim=1))
             return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
 
     def on_fit_batch_start(self, batch, should_step):
@@ -133,11 +174,7 @@ class TaggingBrain(sb.Brain):
         np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
         self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
         if (self.step - 1) % self.grad_accumulation_factor == 0:
-            self.statistics = parameters_to_vector(self.running_statistics())
-
-    def running_statistics(self):
-        """The batch norms' running means and variances."""
-        return [buffer for name, buffer in self.modules.named_buffers() if name.endswith(("running_mean", "running_var"))]
+            self.put_statistics_back = remember_statistics(self.modules)
 
     def check_loss_isfinite(self, loss):
         """As SpeechBrain's; the clips of batches whose loss is not finite are listed in `nonfinite_batches.csv`.
@@ -172,9 +209,7 @@ class TaggingBrain(sb.Brain):
             self.optimizer_step += 1
         if finite:
             return
-        buffers = self.running_statistics()
-        for buffer, before in zip(buffers, self.statistics.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(before.view_as(buffer))
+        self.put_statistics_back()
 
     def evaluate_batch(self, batch, stage):
         """As SpeechBrain's, after a look for broken sound files."""
@@ -263,7 +298,7 @@ class TaggingBrain(sb.Brain):
             self.hparams.schedule.on_epoch_end(self.optimizer, epoch)
             if self.distributed_launch:
                 # each rank has seen other clips; all evaluate with the statistics of rank 0, which are the ones that are saved
-                for buffer in self.running_statistics():
+                for buffer in persistent_buffers(self.modules):
                     torch.distributed.broadcast(buffer, 0)
             return
         self.stats.reduce()
@@ -291,19 +326,25 @@ class TaggingBrain(sb.Brain):
         record = {
             "epoch": epoch,
             **self.train_figures,
-            "valid_loss": figures["loss"],
+            "valid_loss": figures["loss"] if self.loss is binary_cross_entropy else self.loss_of(self.stats),
             **{name: figures[name] for name in FIGURES},
             "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
         }
         self.epochs.append(record)
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
         write_results(folder, {"epochs": self.epochs})
-        self.hparams.train_logger.log_stats(
-            {"epoch": epoch, "lr": record["lr"]},
-            train_stats={"loss": record["train_loss"]},
-            valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in (*FIGURES, "ensemble_mAP")}},
-        )
+        loggers = self.hparams.train_logger
+        for train_logger in loggers if isinstance(loggers, list) else [loggers]:
+            train_logger.log_stats(
+                {"epoch": epoch, "lr": record["lr"]},
+                train_stats={"loss": record["train_loss"]},
+                valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in (*FIGURES, "ensemble_mAP")}},
+            )
         return record
+
+    def loss_of(self, stats):
+        """A stage's loss, which is not the mean over its batches: a short last one would count like a full one."""
+        return float(self.loss(stats.scores.clamp(EPSILON, 1 - EPSILON), stats.targets))
 
     def ensemble_with(self, epoch, scores):
         """Writes an epoch's scores; returns the figures of the mean of the scores of all epochs up to it."""
@@ -318,18 +359,6 @@ class TaggingBrain(sb.Brain):
 
     def on_evaluate_start(self, max_key=None, min_key=None):
         """Evaluates the weights that are in the modules, where SpeechBrain would load its best checkpoint."""
-
-
-def trained_modules(modules):
-    """Those of a tagger's modules that have weights.
-
-    Example
-    -------
-    >>> linear = torch.nn.Linear(1, 1)
-    >>> trained_modules({"compute_features": torch.nn.Identity(), "embedding_model": linear, "classifier": linear})
-    {'embedding_model': Linear(...), 'classifier': Linear(...)}
-    """
-    return {name: modules[name] for name in ("embedding_model", "classifier")}
 
 
 def prediction_path(folder, name):
@@ -364,6 +393,17 @@ def read_results(folder):
     if not isinstance(results, dict) or not isinstance(results.get("epochs", []), list):
         raise InputError(f"{path}: not the figures of a run; put back the file that the run wrote")
     return results
+
+
+def best_epoch(epochs):
+    """The number of the epoch with the highest mAP on the validation set.
+
+    Example
+    -------
+    >>> best_epoch([{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}])
+    1
+    """
+    return max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
 
 
 def write_results(folder, results):

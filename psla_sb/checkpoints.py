@@ -8,12 +8,14 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from speechbrain.processing.features import InputNormalization
 from speechbrain.utils.checkpoints import (
     CKPT_PREFIX,
     DEFAULT_LOAD_HOOKS,
@@ -23,10 +25,13 @@ from speechbrain.utils.checkpoints import (
     get_default_hook,
     torch_recovery,
 )
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
 from speechbrain.utils.logger import get_logger
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from psla_sb.errors import InputError
+from psla_sb.lobes.chain import MODULES
 
 logger = get_logger(__name__)
 
@@ -76,6 +81,9 @@ class AtomicCheckpointer(Checkpointer):
         """
         if name is not None:
             raise ValueError("Checkpoints are named by time: a checkpoint with a name would be overwritten in place.")
+        for name_, recoverable in self.recoverables.items():
+            if isinstance(recoverable, nn.Module):
+                self.custom_save_hooks.setdefault(name_, main_process_only(save_tensors))
         with write_errors(self.checkpoints_dir):
             checkpoint = super().save_checkpoint(meta, end_of_epoch, **kwargs)
         ddp_barrier()
@@ -121,7 +129,7 @@ class AtomicCheckpointer(Checkpointer):
             A file is broken, contains more than tensors and numbers, or is not of this model.
         """
         for name, recoverable in self.recoverables.items():
-            if get_default_hook(recoverable, DEFAULT_LOAD_HOOKS) is torch_recovery:
+            if isinstance(recoverable, nn.Module) or get_default_hook(recoverable, DEFAULT_LOAD_HOOKS) is torch_recovery:
                 self.custom_load_hooks.setdefault(name, load_tensors)
         try:
             super().load_checkpoint(checkpoint)
@@ -131,6 +139,11 @@ class AtomicCheckpointer(Checkpointer):
                 f"{checkpoint.path}: cannot be loaded ({type(error).__name__}: {reason}). If the settings are those that it was "
                 "trained with, remove this folder: the run goes on from the checkpoint before it, or begins again."
             ) from error
+
+
+def save_tensors(recoverable, path):
+    """SpeechBrain's save hook for modules; unlike its own, it knows statistics that are in no state dict."""
+    torch.save(state_of(recoverable), path)
 
 
 def load_tensors(recoverable, path, end_of_epoch):
@@ -147,7 +160,11 @@ def load_tensors(recoverable, path, end_of_epoch):
     >>> torch.save(torch.nn.Linear(2, 1).state_dict(), path)
     >>> load_tensors(torch.nn.Linear(2, 1), path, end_of_epoch=True)
     """
-    recoverable.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(recoverable, nn.Module):
+        put_state(recoverable, state)
+    else:
+        recoverable.load_state_dict(state)
 
 
 @contextlib.contextmanager
@@ -280,13 +297,100 @@ def snapshot_path(folder, epoch):
     return Path(folder) / "snapshots" / f"epoch_{epoch:02d}.safetensors"
 
 
+def _normalisers(module: nn.Module) -> Iterator[tuple[str, InputNormalization]]:
+    """SpeechBrain's normalisations whose statistics are in no state dict, with their names."""
+    for name, part in module.named_modules():
+        if isinstance(part, InputNormalization) and part.norm_type == "global":
+            yield f"{name}." if name else "", part
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a module, with the statistics that SpeechBrain's `InputNormalization` keeps apart from it.
+
+    Raises
+    ------
+    InputError
+        Something in it is no tensor, so that it could be lost.
+
+    Example
+    -------
+    >>> list(state_of(InputNormalization()))
+    ['count', 'glob_mean', 'glob_std']
+    """
+    state = dict(module.state_dict())
+    for name, part in _normalisers(module):
+        state |= {f"{name}{key}": torch.as_tensor(value) for key, value in part._statistics_dict().items()}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{type(module).__qualname__} keeps a {type(value).__name__} in its state ('{key}'): only tensors are saved"
+            )
+    return state
+
+
+def put_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Puts what `state_of` gave into a module."""
+    state = dict(state)
+    for name, part in _normalisers(module):
+        count, mean, std = (state.pop(f"{name}{key}") for key in ("count", "glob_mean", "glob_std"))
+        part._load_statistics_dict({"count": int(count), "glob_mean": mean.to(part.device), "glob_std": std.to(part.device)})
+    module.load_state_dict(state)
+
+
+def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that are in a module's state dict, such as the statistics of its batch normalisations."""
+    return [
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    ]
+
+
+def remember_statistics(module: nn.Module) -> Callable[[], None]:
+    """Remembers what a forward pass in training changes; returns what puts it back.
+
+    Example
+    -------
+    >>> norm = nn.BatchNorm1d(1)
+    >>> put_back = remember_statistics(norm)
+    >>> _ = norm(torch.ones(2, 1))
+    >>> put_back()
+    >>> norm.running_mean
+    tensor([0.])
+    """
+    buffers = persistent_buffers(module)
+    before, counted = [buffer.clone() for buffer in buffers], [(part, part._statistics_dict()) for _, part in _normalisers(module)]
+
+    def put_back() -> None:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        for part, statistics in counted:
+            part._load_statistics_dict(statistics)
+
+    return put_back
+
+
+def trained_modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a tagger's modules that have weights, or statistics, to keep: the encoder, the pooling, some front ends.
+
+    Example
+    -------
+    >>> linear = torch.nn.Linear(1, 1)
+    >>> trained_modules({"compute_features": torch.nn.Identity(), "embedding_model": linear, "classifier": linear})
+    {'embedding_model': Linear(...), 'classifier': Linear(...)}
+    """
+    always = ("embedding_model", "classifier")
+    return {name: modules[name] for name in MODULES if name in modules and (name in always or state_of(modules[name]))}
+
+
 def save_weights(modules, path):
     """Writes the weights of modules into one safetensors file, keys `module.parameter`.
 
     Arguments
     ---------
     modules : dict of str to torch.nn.Module
-        For a tagger, `embedding_model` and `classifier`.
+        For a tagger, what `trained_modules` gives.
     path : str or Path
         The file, written whole or not at all.
 
@@ -298,9 +402,15 @@ def save_weights(modules, path):
     >>> sorted(load_weights(path))
     ['classifier.bias', 'classifier.weight']
     """
-    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    write_tensors({f"{name}.{key}": value for name, module in modules.items() for key, value in state_of(module).items()}, path)
+
+
+def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Writes a state dict as safetensors, which hold no two names for one memory: what is shared is written twice."""
     with atomic_write(path) as temporary:
-        save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
+        save_file(
+            {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, temporary
+        )
 
 
 def load_weights(path):
@@ -342,19 +452,20 @@ def load_into(modules, state, source="state dict"):
     ...
     psla_sb.errors.InputError: state dict does not fit the model: missing classifier.bias
     """
-    own = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    own = {f"{name}.{key}": value for name, module in modules.items() for key, value in state_of(module).items()}
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [
         f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
         for key in own
-        if key in state and state[key].shape != own[key].shape
+        # lazy parameters have no shape yet, and statistics that nothing has been counted for are empty
+        if key in state and not is_lazy(own[key]) and own[key].shape not in (state[key].shape, (0,))
     ]
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise InputError(f"{source} does not fit the model: {'; '.join(problems[:8])}{more}")
     for name, module in modules.items():
-        module.load_state_dict({key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")})
+        put_state(module, below(name, state))
 
 
 def load_module(module, path):
@@ -374,3 +485,48 @@ def load_module(module, path):
     """
     state = {f"weights.{key}": value for key, value in load_weights(path).items()}
     load_into({"weights": module}, state, path)
+
+
+def read_tensors(path):
+    """A state dict that `torch.save` wrote. Code in the file is never run.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or holds anything but names and plain tensors.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "model.pth"
+    >>> torch.save({"bias": torch.zeros(2)}, path)
+    >>> read_tensors(path)
+    {'bias': tensor([0., 0.])}
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # a broken file raises whatever the unpickler stumbles over; PyTorch's message advises to run the code in the file
+        raise InputError(
+            f"{path}: not a checkpoint that can be loaded without running code: it is damaged, or holds more than tensors "
+            f"({type(error).__name__})"
+        ) from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors")
+    for key, value in state.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not (isinstance(key, str) and plain):
+            raise InputError(f"{path}: {key!r} is not a name with a plain tensor; a checkpoint holds nothing else")
+    return state
+
+
+def below(name, state):
+    """The entries `name.*` of a state dict, without `name.`.
+
+    Example
+    -------
+    >>> below("classifier", {"classifier.bias": 1, "other.bias": 2})
+    {'bias': 1}
+    """
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -34,6 +34,31 @@ A packing that was interrupted goes on with the same command.
 exit status: 0 if all is well, 1 if --verify found damage or packing was interrupted, 2 if the command line or the input is wrong"""
 
 
+def add_model(parser):
+    """Adds the options that say which trained model to load."""
+    parser.add_argument("--model", metavar="SOURCE", help="a tagger's folder, a run's folder, a snapshot, a published checkpoint")
+    parser.add_argument("--labels", metavar="CSV", help="the class list of a published checkpoint")
+    add_trust(parser)
+
+
+def add_trust(parser):
+    """Adds `--trust`."""
+    parser.add_argument(
+        "--trust",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="a Python module whose classes the model may be made of, searched in this folder too; repeatable",
+    )
+
+
+def trusted(options):
+    """What `--trust` named; modules in the current folder can then be imported, as they can where a script lies."""
+    if options.trust and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return options.trust
+
+
 def tag(arguments=None):
     """`psla-tag`: prints the tags of sound files.
 
@@ -66,7 +91,7 @@ def tag(arguments=None):
         metavar="FILE",
         help="WAV, FLAC, MP3 or Ogg, any sample rate; a folder, with all that is in it; a pattern; - for a WAV file on stdin",
     )
-    parser.add_argument("--model", metavar="FOLDER", help="a trained tagger, such as a run's folder `tagger`")
+    add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="the least score of a tag; of an event, by default 0.5")
     parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
@@ -90,7 +115,7 @@ def tag(arguments=None):
 
     _check_device(parser, options.device)
     try:
-        tagger = AudioTagger.from_folder(options.model, run_opts={"device": options.device})
+        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
     except InputError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder:
@@ -215,6 +240,7 @@ def export(arguments=None):
         "--weights", default="average", metavar="WHICH", help="average, best, last or an epoch's number (default: %(default)s)"
     )
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too: waveform in, probabilities out")
+    add_trust(parser)
     options = parser.parse_args(arguments)
     if options.weights not in ("average", "best", "last") and not options.weights.isdecimal():
         parser.error(f"--weights must be average, best, last or the number of an epoch, not {options.weights}")
@@ -222,7 +248,7 @@ def export(arguments=None):
     from psla_sb.model_card import export_run
 
     try:
-        export_run(options.run, options.out, options.weights, options.onnx)
+        export_run(options.run, options.out, options.weights, options.onnx, trusted(options))
     except (InputError, OSError) as error:
         parser.error(str(error))
     print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out} FILE...")
@@ -249,8 +275,7 @@ def demo(arguments=None):
     SystemExit: 2
     """
     parser = argparse.ArgumentParser("psla-demo", description="Serves a page: drop or record a sound, see its tags and timeline.")
-    parser.add_argument("--model", metavar="FOLDER", help="a tagger's or a run's folder, a snapshot, a published checkpoint")
-    parser.add_argument("--labels", metavar="CSV", help="the class list of a published checkpoint")
+    add_model(parser)
     parser.add_argument("--examples", metavar="FOLDER", help="sound files that the page offers")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
@@ -268,7 +293,7 @@ def demo(arguments=None):
 
     try:
         examples = example_files(options.examples) if options.examples else ()
-        tagger = AudioTagger.from_any(options.model, options.labels, run_opts={"device": options.device})
+        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
         launch(tagger, options.model, examples, options.host, options.port, options.open)
     except InputError as error:
         parser.error(str(error))
@@ -341,3 +366,55 @@ def pack(arguments=None):
     if damages:
         sys.exit(f"{len(damages)} problems with {n_clips} clips. Delete the damaged packs, and pack the annotations again.")
     print(f"{n_clips} clips, all as they were packed.")
+
+
+def import_checkpoint(arguments=None):
+    """`psla-import`: makes the folder of a tagger from a checkpoint of the published code.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 if the command line or a file is wrong.
+
+    Example
+    -------
+    >>> import_checkpoint(["model.pth", "--labels", "nowhere.csv", "--out", "tagger"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    from psla_sb.errors import InputError
+    from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING
+    from psla_sb.lobes.efficientnet import PADDINGS
+    from psla_sb.sources import Published
+
+    parser = argparse.ArgumentParser("psla-import", description="Turns a PSLA checkpoint into the folder of a tagger.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file of the published code")
+    parser.add_argument("--labels", required=True, metavar="CSV", help="its class list, such as class_labels_indices.csv")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write the tagger")
+    parser.add_argument(
+        "--padding",
+        choices=PADDINGS,
+        default=PUBLISHED_PADDING,
+        help="symmetric: trained with efficientnet-pytorch 0.7.0, as official models; tensorflow: 0.7.1 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--n-frames",
+        type=int,
+        default=AUDIOSET_FRAMES,
+        metavar="N",
+        help="frames that it was trained on; 3000 for FSD50K (default: %(default)s)",
+    )
+    options = parser.parse_args(arguments)
+    if options.n_frames < 1:
+        parser.error("--n-frames must be 1 or more")
+    try:
+        Published(options.checkpoint, options.labels, options.padding, options.n_frames).export(options.out)
+    except (InputError, OSError) as error:
+        parser.error(str(error))
+    print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out} FILE...")

@@ -1,13 +1,17 @@
 """A recipe's command line and its YAML file -> what they describe, or an error that says which key is wrong."""
 
 import difflib
+import os
+import sys
 from pathlib import Path
 
 import ruamel.yaml
-from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.run_opts import RunOptions
 
+from psla_sb.definitions import definitions_text, refer_to_plain_attributes
 from psla_sb.errors import InputError
+from psla_sb.trust import as_names
 
 # Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
 # used only at the end of a training of days.
@@ -26,9 +30,17 @@ REQUIRED_KEYS = (
         "mixup_rate",
         "label_enhancement",
     ),
-    *("compute_features", "mean_var_norm", "mixup", "spec_augment", "embedding_model", "classifier", "modules"),
+    *("compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"),
     *("batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"),
-    *("average_start", "epoch_counter", "optimizer", "schedule", "train_logger", "checkpointer", "published"),
+    *(
+        "average_start",
+        "epoch_counter",
+        "optimizer",
+        "schedule",
+        "train_logger",
+        "checkpointer",
+        "published",
+    ),
 )
 
 
@@ -55,7 +67,7 @@ class CommandLine(RunOptions):
 
     @staticmethod
     def _convert_to_yaml(overrides):
-        values, arguments = {}, list(overrides)
+        values, trusted, arguments = {}, [], list(overrides)
         while arguments:
             argument = arguments.pop(0)
             if not argument.startswith("--"):
@@ -73,10 +85,13 @@ class CommandLine(RunOptions):
             number = isinstance(values[key], (bool, int, float)) or values[key] is None
             if not value.lstrip().startswith(("{", "[", "!", '"', "'")) and ("#" in value or not number):
                 values[key] = value
-        return values
+            if key == "trust" and isinstance(values[key], (str, list)):
+                # as at every other command it can be given several times
+                trusted += as_names(values[key])
+        return {**values, "trust": trusted} if trusted else values
 
 
-def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
+def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS, if_there=()):
     """Builds what a YAML file describes.
 
     Arguments
@@ -87,6 +102,8 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
         Values that replace those of its keys.
     required, paths : sequence of str
         Keys that must be there, and those of them whose values must be paths; by default those of a training.
+    if_there : dict, optional
+        Overrides of keys that a file need not have.
 
     Raises
     ------
@@ -111,6 +128,10 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
         raise InputError(f"{file}: not a YAML file: {error}") from None
     if not isinstance(keys, dict):
         raise InputError(f"{file}: has no keys; recipes/AudioSet/hparams/psla.yaml is an example of a recipe's file")
+    # every recipe can be told whom to trust, also by a YAML file of before there was such a key
+    trust = as_names(overrides.get("trust", keys.get("trust")))
+    overrides = {key: value for key, value in overrides.items() if key != "trust"}
+    overrides = {key: value for key, value in dict(if_there).items() if key in keys} | overrides
     for key in overrides:
         if key not in keys:
             near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
@@ -126,16 +147,21 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS):
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
     # before anything is built: building makes folders
     check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
+    # parts of one's own may lie in a file beside the YAML file, or where the command is run
+    sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
     try:
         with open(file, encoding="utf-8") as stream:
-            hparams = load_hyperpyyaml(stream, overrides)
+            resolved = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+        if "embedding_model" in resolved:
+            refer_to_plain_attributes(resolved, resolved)
+        hparams = load_hyperpyyaml(definitions_text(resolved))
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
         reason = ": ".join(map(str, error.args)) or error
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
     check_paths(file, {key: hparams[key] for key in paths})
-    return hparams
+    return {**hparams, "trust": trust}
 
 
 def check_paths(file, values):

@@ -28,6 +28,7 @@ MAX_EVENTS, MAX_EXAMPLES = 1000, 12
 MAX_FILE_SIZE = "1gb"  # an hour in stereo at 44.1 kHz is a WAV file of 635 MB
 START = "<p>WAV, FLAC, MP3 or Ogg, up to 1 GB: an hour is not too long.</p>"
 WHOLE = "The tags are of the clip as a whole; the timeline hears a moment at a time, so its scores may differ."
+BEGINNING = "The tags are of the clip's beginning, as much as the model hears. It does not say when: there is no timeline."
 PEAKS = "That is longer than what the model hears at a time: the tags are each class's highest score along the timeline."
 KEPT = 4 * 3600  # seconds that a sound is kept for a page that is left open
 NO_GRADIO = """the demo page needs Gradio:
@@ -54,8 +55,8 @@ class Heard(NamedTuple):
     """What there is to show of a sound.
 
     `tags` are all classes, best first: of the clip as a whole (`AudioTagger.tag_file`) if `whole`; otherwise, since the recording
-    is longer than what the model hears at a time, each class with its highest score along the `timeline`. `extremes`, `energies`
-    and `column` are those of `psla_sb.timeline.overview`; `seconds` is its duration.
+    is longer than what the model hears at a time, each class with its highest score along the `timeline`, which is None for a model
+    that says no times. `extremes`, `energies` and `column` are those of `psla_sb.timeline.overview`; `seconds` is its duration.
 
     Example
     -------
@@ -96,12 +97,14 @@ def listen(tagger, path, progress=lambda share, desc: None):
         The file cannot be read, or its samples are too large.
     """
     rate, seconds = tagger.hparams.sample_rate, _seconds(path)
-    with _counted(tagger, seconds, progress):
-        timeline = tagger.tag_timeline(path, WINDOW, HOP)
+    timeline = None
+    if tagger.has_timeline:
+        with _counted(tagger, seconds, progress):
+            timeline = tagger.tag_timeline(path, WINDOW, HOP)
     # less than a frame of what the model takes may be lost
     whole = n_frames_of(round(seconds * rate), rate) <= n_frames_of(tagger.n_samples or round(WINDOW * rate), rate)
-    if whole:
-        tags = tagger.tag_file(path, top_k=len(timeline.labels))
+    if whole or timeline is None:
+        tags = tagger.tag_file(path, top_k=len(tagger.hparams.mids))
     else:
         peaks = timeline.scores.max(axis=0)
         tags = [Tag(timeline.labels[c], timeline.mids[c], float(peaks[c])) for c in np.argsort(-peaks, kind="stable")]
@@ -160,11 +163,16 @@ def event_rows(heard, threshold):
     >>> event_rows(Heard("rain.wav", 1.9, True, [], timeline, None, None, 0.01), threshold=0.5)
     ([['Rain', '0:01.0', '0:01.9', '0.75']], 1)
     """
-    found = events(heard.timeline, threshold)
+    found = [] if heard.timeline is None else events(heard.timeline, threshold)
     shown = sorted(sorted(found, key=lambda event: -event.score)[:MAX_EVENTS], key=lambda event: event.start)
     # a clip's last step may reach beyond its end
     rows = [[e.label, clock(e.start), clock(min(e.end, heard.seconds)), f"{e.score:.2f}"] for e in shown]
     return rows, len(found)
+
+
+def note(heard):
+    """What the page says of where the tags come from."""
+    return BEGINNING if heard.timeline is None else WHOLE if heard.whole else PEAKS
 
 
 def picture(heard, n_classes):
@@ -231,7 +239,7 @@ def build_page(tagger, source="", examples=()):
             text = html.escape(str(error).replace(str(path), Path(path).name))
             return f'<p class="error" role="alert">{text}</p>', *nothing
         progress(1.0, "drawing")
-        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {WHOLE if heard.whole else PEAKS}</p>"
+        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {note(heard)}</p>"
         shown = gr.Column(visible=True)
         return told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold)
 

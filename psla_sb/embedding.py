@@ -1,13 +1,17 @@
 """Waveforms -> what a trained encoder makes of them: feature maps, one vector a clip, vectors along the time."""
 
+from contextlib import contextmanager
+from functools import cached_property
+
 import torch
 from speechbrain.inference.interfaces import Pretrained
 from torch.nn import functional as F
 
 from psla_sb.dataio.audio import read_clip
 from psla_sb.errors import InputError
-from psla_sb.lobes.efficientnet import fold_norms
-from psla_sb.lobes.features import frame_length_and_shift, n_frames_of, n_samples_for, true_lengths
+from psla_sb.lobes import chain
+from psla_sb.lobes.efficientnet import EfficientNetEncoder, fold_norms
+from psla_sb.lobes.features import KaldiFbank, n_frames_of, n_samples_for, true_lengths
 from psla_sb.timeline import overlapped, windows
 
 # That a CPU encodes at a time. With more, activations pass the 32 MB up to which glibc keeps freed memory for the next layer, and
@@ -49,7 +53,7 @@ class SoundEncoder(Pretrained):
     @property
     def n_samples(self):
         """What the model takes of a clip, in samples: as much as it was trained on; None if all."""
-        n_frames = getattr(self.mods.compute_features, "n_frames", None)
+        n_frames = getattr(self.mods.compute_features, "n_frames", getattr(self.hparams, "n_frames", None))
         return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
 
     def features(self, wavs, wav_lens=None):
@@ -72,6 +76,10 @@ class SoundEncoder(Pretrained):
         ValueError
             Tensors of another kind.
         """
+        return self.features_and_lens(wavs, wav_lens)[0]
+
+    def features_and_lens(self, wavs, wav_lens=None):
+        """As `features`, and the relative lengths of what comes out, for encoders and classifiers that take them."""
         wavs = torch.as_tensor(wavs)
         if wavs.dim() == 1:
             wavs = wavs[None]
@@ -85,33 +93,43 @@ class SoundEncoder(Pretrained):
             if wav_lens.shape != wavs.shape[:1] or not ((wav_lens > 0) & (wav_lens <= 1)).all():
                 raise ValueError(f"wav_lens must be {len(wavs)} relative lengths in (0, 1], not {wav_lens.tolist()}")
         wavs = wavs.to(self.device).float()
-        with torch.inference_mode():
-            return self.mods.mean_var_norm(self.mods.compute_features(wavs, wav_lens))
+        cuts_itself = getattr(self.mods.compute_features, "n_frames", None) is not None
+        if not cuts_itself and self.n_samples is not None and wavs.shape[1] > self.n_samples:
+            wav_lens = None if wav_lens is None else (wav_lens * (wavs.shape[1] / self.n_samples)).clamp(max=1.0)
+            wavs = wavs[:, : self.n_samples]
+        with torch.inference_mode(), _taking(self.mods.compute_features, wavs):
+            return chain.features(self.mods, wavs, wav_lens)
 
-    def encode_features(self, feats):
+    def encode_features(self, feats, lens=None):
         """The encoder's feature maps of normalised features.
 
         Arguments
         ---------
         feats : torch.Tensor
             `[batch, frames, mels]`, on the encoder's device.
+        lens : torch.Tensor, optional
+            `[batch]`, relative lengths.
 
         Returns
         -------
         torch.Tensor
-            `[batch, channels, freq, steps]`; of an ensemble, a tuple of them.
+            `[batch, channels, freq, steps]` or `[batch, channels, steps]`; of an ensemble, a tuple of them.
         """
         encoder = self._fast_encoder()
-        at_a_time = CPU_FRAMES // feats.shape[1] if feats.device.type == "cpu" else len(feats)
-        with torch.inference_mode(), self.inference_ctx:
-            maps = [encoder(part) for part in feats.split(max(1, at_a_time))]
+        at_a_time = max(1, CPU_FRAMES // feats.shape[1]) if feats.device.type == "cpu" else len(feats)
+        parts = feats.split(at_a_time)
+        with torch.inference_mode(), self.inference_ctx, _taking(encoder, feats):
+            maps = [
+                chain.call(encoder, part, part_lens)
+                for part, part_lens in zip(parts, [None] * len(parts) if lens is None else lens.split(at_a_time), strict=True)
+            ]
             if len(maps) == 1:
                 return maps[0]
             return tuple(map(torch.cat, zip(*maps, strict=True))) if isinstance(maps[0], tuple) else torch.cat(maps)
 
     def _fast_encoder(self):
         encoder = self.mods.embedding_model
-        if encoder.training:
+        if encoder.training or not any(isinstance(part, EfficientNetEncoder) for part in encoder.modules()):
             return encoder
         tensors = [*encoder.parameters(), *encoder.buffers()]
         state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
@@ -145,7 +163,8 @@ class SoundEncoder(Pretrained):
         """
         if normalize:
             raise ValueError("normalize=True needs statistics of embeddings, which these models do not have")
-        return self.encode_features(finite(self.features(wavs, wav_lens)))
+        feats, lens = self.features_and_lens(wavs, wav_lens)
+        return self.encode_features(finite(feats), lens)
 
     def encode_file(self, path):
         """As `encode_batch`, for a file.
@@ -165,13 +184,28 @@ class SoundEncoder(Pretrained):
         InputError
             The file cannot be read, or its samples are too large.
         """
-        return self.encode_features(finite(self.features(read_clip(path, self.hparams.sample_rate)), path))
+        feats, lens = self.features_and_lens(read_clip(path, self.hparams.sample_rate))
+        return self.encode_features(finite(feats, path), lens)
+
+    @cached_property
+    def _step(self):
+        """Frames of a step of the feature map (None: a clip of any length has as many steps), and samples of a frame."""
+        rate, front_end = self.hparams.sample_rate, self.mods.compute_features
+        feats = self.features(torch.zeros(1, self.n_samples or 10 * rate))
+        return chain.frames_per_step(self.mods.embedding_model, *feats.shape[1:]), chain.frame_shift(front_end, rate)
+
+    @property
+    def has_times(self):
+        """Whether the steps of the feature map follow the clip, so that it can be said when they are."""
+        return self._step[0] is not None
 
     def _frames_per_step(self):
-        for module in self.mods.embedding_model.modules():
-            if hasattr(module, "frames_per_step"):
-                return module.frames_per_step
-        raise InputError("this model's embedding_model does not say its frames_per_step, so its steps have no times")
+        if not self.has_times:
+            encoder = type(self.mods.embedding_model).__qualname__
+            raise InputError(
+                f"this model's embedding_model ({encoder}) gives as many steps for a clip of any length: they have no times"
+            )
+        return self._step[0]
 
     def n_steps_of(self, n_samples):
         """Steps of the feature map whose middle is within the first samples of a clip; at least one.
@@ -185,14 +219,16 @@ class SoundEncoder(Pretrained):
         -------
         int or torch.Tensor
         """
-        stride = self._frames_per_step()
-        n_steps = (n_frames_of(n_samples, self.hparams.sample_rate) + stride // 2) // stride
+        stride, shift = self._frames_per_step(), self._step[1]
+        is_kaldi = isinstance(self.mods.compute_features, KaldiFbank)
+        n_frames = n_frames_of(n_samples, self.hparams.sample_rate) if is_kaldi else n_samples // shift
+        n_steps = (n_frames + stride // 2) // stride
         return n_steps.clamp(min=1) if isinstance(n_steps, torch.Tensor) else max(1, n_steps)
 
     def step_times(self, n_steps):
         """Middles of the steps of the feature map in seconds, float64 `[steps]`."""
         rate = self.hparams.sample_rate
-        return (torch.arange(n_steps, dtype=torch.float64) + 0.5) * self._frames_per_step() * frame_length_and_shift(rate)[1] / rate
+        return (torch.arange(n_steps, dtype=torch.float64) + 0.5) * self._frames_per_step() * self._step[1] / rate
 
     def window_and_hop(self, window, hop):
         """Seconds -> (samples of a window, samples of the hop, steps of the hop): no longer than the model takes, whole steps.
@@ -205,10 +241,16 @@ class SoundEncoder(Pretrained):
         rate = self.hparams.sample_rate
         if not (0 < window < float("inf") and 0 < hop < float("inf")):
             raise ValueError(f"window and hop must be positive numbers of seconds, not {window} and {hop}")
-        stride = self._frames_per_step() * frame_length_and_shift(rate)[1]
+        stride = self._frames_per_step() * self._step[1]
         n_samples = min(max(round(window * rate), stride), self.n_samples or float("inf"))
         hop_steps = max(1, min(round(hop * rate / stride), n_samples // stride))
         return n_samples, hop_steps * stride, hop_steps
+
+    def whole_window(self, wavs, n_samples):
+        """Fills the last piece of a recording up for front ends that cannot take any length; and its relative lengths."""
+        if isinstance(self.mods.compute_features, KaldiFbank) or wavs.shape[1] == n_samples:
+            return wavs, None
+        return F.pad(wavs, (0, n_samples - wavs.shape[1])), torch.full((len(wavs),), wavs.shape[1] / n_samples)
 
     def scene_embeddings(self, wavs, wav_lens=None):
         """One vector a clip: the mean of the feature map over frequency and over the steps of the clip's true length.
@@ -233,6 +275,8 @@ class SoundEncoder(Pretrained):
             See `encode_batch`.
         """
         vectors = step_vectors(self.encode_batch(wavs, wav_lens))
+        if not self.has_times:
+            return vectors.mean(1)
         lengths = true_lengths(torch.atleast_2d(torch.as_tensor(wavs)).to(vectors.device), wav_lens)
         n_steps = self.n_steps_of(lengths).clamp(max=vectors.shape[1])[:, None]
         inside = torch.arange(vectors.shape[1], device=vectors.device) < n_steps
@@ -260,10 +304,12 @@ class SoundEncoder(Pretrained):
         """
         wavs = torch.atleast_2d(torch.as_tensor(wavs))
         n_samples, hop_samples, hop_steps = self.window_and_hop(wavs.shape[1] / self.hparams.sample_rate or 1.0, hop)
-        parts = (
-            step_vectors(self.encode_batch(window))[:, : self.n_steps_of(window.shape[1])].transpose(0, 1)
-            for window in windows([wavs], n_samples, hop_samples)
-        )
+
+        def vectors_of(window):
+            feature_map = self.encode_batch(*self.whole_window(window, n_samples))
+            return step_vectors(feature_map)[:, : self.n_steps_of(window.shape[1])].transpose(0, 1)
+
+        parts = map(vectors_of, windows([wavs], n_samples, hop_samples))
         vectors = torch.cat(list(overlapped(parts, hop_steps))).transpose(0, 1)
         # the only step of a clip shorter than half a step has its middle beyond the clip
         times = self.step_times(vectors.shape[1]).clamp(max=wavs.shape[1] / self.hparams.sample_rate)
@@ -276,7 +322,7 @@ def step_vectors(feature_map):
     Arguments
     ---------
     feature_map : torch.Tensor or tuple of them
-        `[batch, channels, freq, steps]`; of several, the channels are joined.
+        `[batch, channels, freq, steps]` or `[batch, channels, steps]`; of several, the channels are joined.
 
     Returns
     -------
@@ -288,9 +334,21 @@ def step_vectors(feature_map):
     >>> step_vectors(torch.zeros(2, 1280, 4, 33)).shape
     torch.Size([2, 33, 1280])
     """
-    means = [one.float().mean(2) for one in (feature_map if isinstance(feature_map, tuple) else (feature_map,))]
+    maps = feature_map if isinstance(feature_map, tuple) else (feature_map,)
+    means = [one.float().mean(2) if one.dim() == 4 else one.float() for one in maps]
     steps = max(mean.shape[2] for mean in means)
     return torch.cat([F.interpolate(mean, size=steps) for mean in means], dim=1).transpose(1, 2)
+
+
+@contextmanager
+def _taking(module, x):
+    """What a part that is not of this toolkit says of a clip that is too short for it, as an error about the clip."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(module).__module__.startswith("psla_sb.") or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(f"{type(module).__qualname__} cannot take {list(x.shape)}: {error}") from error
 
 
 def finite(feats, source="waveforms"):

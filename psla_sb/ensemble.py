@@ -5,7 +5,6 @@ The YAML file, `hparams/aggregate.yaml` of a recipe, says which models and on wh
 
 import json
 import signal
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,22 +18,22 @@ from speechbrain.utils.logger import get_logger
 
 from psla_sb import experiment
 from psla_sb.aggregation import average_weights, front_end, score, update_batch_norm
-from psla_sb.brain import read_results, trained_modules
-from psla_sb.checkpoints import atomic_write, load_into, snapshot_path
+from psla_sb.brain import best_epoch, read_results
+from psla_sb.checkpoints import atomic_write, load_into, snapshot_path, trained_modules
 from psla_sb.command_line import load_hparams
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.definitions import definitions_text, plain_definitions
 from psla_sb.ensemble_figures import ensemble_table, figures_of, greedy_selection, write_classes
 from psla_sb.errors import InputError
-from psla_sb.export import definitions_text, plain_definitions, read_definitions, write_tagger
+from psla_sb.export import write_tagger
 from psla_sb.inference import AudioTagger
-from psla_sb.interop import psla_to_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
-from psla_sb.lobes.features import n_samples_for
 from psla_sb.metrics import summarize
 from psla_sb.score_files import stamp
+from psla_sb.sources import open_source
 
 logger = get_logger(__name__)
 
@@ -114,9 +113,10 @@ def aggregate(hparams_file, run_opts, overrides):
         raise InputError(
             f"{folder}: the output folder of a training run; choose another --output_folder, whose files may be replaced"
         )
-    taggers = _distinct_taggers(sources.values(), labels)
-    front_ends = {front_end(tagger) for tagger in taggers.values()}
-    if hparams["export"] and len(front_ends) > 1:
+    trust = hparams.get("trust", ())
+    opened = {name: open_source(source, labels, trust) for name, source in sources.items()}
+    taggers = _distinct_taggers(opened.values())
+    if hparams["export"] and len({front_end(_on_cpu(source)) for source in opened.values()}) > 1:
         raise InputError("members have different front ends, so their ensemble cannot be one tagger: pass --export=False")
     sb.create_experiment_directory(folder, hparams_file, overrides)
     for signum in experiment.STOP_SIGNALS:
@@ -127,8 +127,8 @@ def aggregate(hparams_file, run_opts, overrides):
         "batch_size": hparams["batch_size"],
         "num_workers": hparams["num_workers"],
         "run_opts": {"device": device, "precision": run_opts.eval_precision},
-        "labels": labels,
         "crop": crop,
+        "trust": trust,
     }
 
     def check(name, clips):
@@ -136,20 +136,18 @@ def aggregate(hparams_file, run_opts, overrides):
 
     chosen, picked = list(sources), None
     if selection is not None:
-        scores = score(sources, selection, vocabulary, folder / "selection_scores", **options, check=check("selection", selection))
+        scores = score(opened, selection, vocabulary, folder / "selection_scores", **options, check=check("selection", selection))
         targets = selection.label_sets(vocabulary).to_multi_hot(np.arange(len(selection)), len(vocabulary))
-        order, precisions = greedy_selection([scores[name] for name in sources], targets)
+        order, precisions = greedy_selection([scores[name] for name in opened], targets)
         chosen = [chosen[i] for i in order]
         best = max(sources, key=lambda name: summarize(scores[name], targets)["mAP"])
         picked = {"annotation_file": selection.source, "mAP": precisions, "best_single": best}
-    reason = _why_no_average([sources[name] for name in chosen], taggers, labels)
-    scored = dict(sources)
+    reason = _why_no_average([opened[name] for name in chosen], taggers)
+    scored = dict(opened)
     if reason is None:
-        scored["weight_average"] = folder / "weight_average"
-        run_on_main(
-            _write_average,
-            [[sources[name] for name in chosen], hparams, manifest.data_root, vocabulary, labels, scored["weight_average"], device],
-        )
+        average = folder / "weight_average"
+        run_on_main(_write_average, [[opened[name] for name in chosen], hparams, manifest.data_root, average, device])
+        scored["weight_average"] = open_source(average, trust=trust)
     scores = score(scored, manifest, vocabulary, folder / "scores", **options, check=check("evaluation", manifest))
     if not if_main_process():
         return None
@@ -173,7 +171,7 @@ def aggregate(hparams_file, run_opts, overrides):
         temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
     if hparams["export"]:
-        export_ensemble(folder / "tagger", [sources[name] for name in chosen], vocabulary, labels)
+        export_ensemble(folder / "tagger", [opened[name] for name in chosen], vocabulary)
     # matplotlib is slow to import, and only this process draws
     from psla_sb.plots import ensemble_curve
 
@@ -239,7 +237,7 @@ def find_members(runs, which, first_epoch=1):
         numbers = {
             "checkpoints": [epoch["epoch"] for epoch in epochs if epoch["epoch"] >= first_epoch],
             "last": [epochs[-1]["epoch"]],
-            "best": [max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]],
+            "best": [best_epoch(epochs)],
         }
         if which == "average":
             sources.append(run / "snapshots" / "average.safetensors")
@@ -299,77 +297,52 @@ def _open_annotations(hparams):
     return vocabulary, manifest, selection, class_list
 
 
-def _definitions_of(source, labels):
-    """The definitions of a member's modules, as YAML nodes.
-
-    Arguments
-    ---------
-    source : Path
-        A snapshot, the folder of a tagger, or a checkpoint of the published code.
-    labels : str or Path
-        The class list of the latter.
-
-    Raises
-    ------
-    InputError
-        There is no file that says what model the weights are of.
-    """
-    if source.is_file() and source.suffix != ".safetensors":
-        with tempfile.TemporaryDirectory() as folder:
-            psla_to_tagger(source, labels, folder)
-            return read_definitions(Path(folder) / "hyperparams.yaml")
-    file = (source if source.is_dir() else source.resolve().parents[1]) / "hyperparams.yaml"
-    try:
-        return read_definitions(file)
-    except (OSError, KeyError, TypeError, ruamel.yaml.YAMLError) as error:
-        raise InputError(f"{file}: does not say what model {source} is of ({error!r})") from None
-
-
-def _distinct_taggers(sources, labels):
+def _distinct_taggers(sources):
     """One tagger for each model definition among the members, by the definition's text."""
     first = {}
     for source in sources:
-        first.setdefault(definitions_text(_definitions_of(source, labels)), source)
-    return {text: AudioTagger.from_any(source, labels, run_opts={"device": "cpu"}) for text, source in first.items()}
+        first.setdefault(definitions_text(source.definitions), source)
+    return {text: _on_cpu(source) for text, source in first.items()}
 
 
-def _why_no_average(sources, taggers, labels):
+def _on_cpu(source):
+    return AudioTagger.from_source(source, run_opts={"device": "cpu"})
+
+
+def _why_no_average(sources, taggers):
     """Why the weights of these members have no mean; None if they have one."""
-    used = [taggers[text] for text in {definitions_text(_definitions_of(source, labels)) for source in sources}]
+    used = [taggers[text] for text in {definitions_text(source.definitions) for source in sources}]
     if len({front_end(tagger) for tagger in used}) > 1:
         return "members have different front ends"
     layouts = [{key: tuple(value.shape) for key, value in tagger.mods.state_dict().items()} for tagger in used]
     return None if all(layout == layouts[0] for layout in layouts) else "members are of different architectures"
 
 
-def _write_average(sources, hparams, data_folder, vocabulary, labels, folder, device):
+def _write_average(sources, hparams, data_folder, folder, device):
     """Writes the mean of members' weights as the folder of a tagger, with new batch-norm statistics if asked for."""
-    tagger = AudioTagger.from_any(sources[0], labels, run_opts={"device": device})
-    modules = trained_modules(tagger.mods)
-    load_into(modules, average_weights(sources))
+    tagger = AudioTagger.from_source(sources[0], run_opts={"device": device})
+    load_into(trained_modules(tagger.mods), average_weights(sources))
     if hparams["batch_norm_annotation"] is not None:
         clips = Manifest.from_file(hparams["batch_norm_annotation"], data_folder)
         rows = np.linspace(0, len(clips) - 1, min(NORM_CLIPS, len(clips))).round().astype(int).tolist()
-        size, n_frames = hparams["batch_size"], getattr(tagger.mods.compute_features, "n_frames", None)
-        n_samples = None if n_frames is None else n_samples_for(n_frames, tagger.hparams.sample_rate)
+        size = hparams["batch_size"]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        update_batch_norm(tagger.mods, clip_loader(clips, tagger.hparams.sample_rate, n_samples, batches, hparams["num_workers"]))
-    write_tagger(folder, _definitions_of(sources[0], labels), modules, vocabulary)
+        loader = clip_loader(clips, tagger.hparams.sample_rate, tagger.n_samples, batches, hparams["num_workers"])
+        update_batch_norm(tagger.mods, loader)
+    write_tagger(folder, sources[0].definitions, {**vars(tagger.hparams), **tagger.mods}, sources[0].vocabulary)
 
 
-def export_ensemble(folder, sources, vocabulary, labels=None):
+def export_ensemble(folder, sources, vocabulary):
     """Writes an ensemble as the folder of one tagger, which `AudioTagger` and SpeechBrain's `EncoderClassifier` load.
 
     Arguments
     ---------
     folder : str or Path
         Where to write; made if there is none.
-    sources : sequence of Path
+    sources : sequence of Source
         The members; one that is there twice counts twice.
     vocabulary : Vocabulary
         The classes.
-    labels : str or Path, optional
-        The class list of members that are checkpoints of the published code.
 
     Raises
     ------
@@ -383,21 +356,21 @@ def export_ensemble(folder, sources, vocabulary, labels=None):
     >>> from psla_sb.lobes.pooling import MeanPooling
     >>> folder, vocabulary = getfixture("tmp_path"), Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"])
     >>> vocabulary.to_csv(folder / "labels.csv")
-    >>> checkpoints = [folder / "1.pth", folder / "2.pth"]
-    >>> for path in checkpoints:
+    >>> paths = [folder / "a.pth", folder / "b.pth"]
+    >>> for path in paths:
     ...     save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 2))
-    >>> export_ensemble(folder / "tagger", checkpoints, vocabulary, folder / "labels.csv")
+    >>> export_ensemble(folder / "tagger", [open_source(path, folder / "labels.csv") for path in paths], vocabulary)
     >>> len(AudioTagger.from_folder(folder / "tagger").mods.classifier.members)
     2
     """
     counts = Counter(sources)
-    taggers = [AudioTagger.from_any(source, labels, run_opts={"device": "cpu"}) for source in counts]
+    taggers = [_on_cpu(source) for source in counts]
     if len({front_end(tagger) for tagger in taggers}) > 1:
         raise InputError("members have different front ends, so their ensemble cannot be one tagger")
     encoders, poolings = ([tagger.mods[name] for tagger in taggers] for name in ("embedding_model", "classifier"))
     weights = list(counts.values())
     parts = [
-        plain_definitions(_definitions_of(source, labels), tagger.mods.embedding_model)
+        plain_definitions(source.definitions, {**vars(tagger.hparams), **tagger.mods})
         for source, tagger in zip(counts, taggers, strict=True)
     ]
     definitions = parts[0] | ruamel.yaml.YAML().load(
@@ -407,5 +380,9 @@ def export_ensemble(folder, sources, vocabulary, labels=None):
     for name in ("embedding_model", "classifier"):
         definitions[name]["members"] = [part[name] for part in parts]
     definitions["classifier"]["weights"] = weights
-    modules = {"embedding_model": EnsembleEncoder(encoders), "classifier": EnsemblePooling(poolings, weights)}
+    modules = {
+        **taggers[0].mods,
+        "embedding_model": EnsembleEncoder(encoders),
+        "classifier": EnsemblePooling(poolings, weights),
+    }
     write_tagger(folder, definitions, modules, vocabulary)

@@ -6,13 +6,14 @@ import numpy as np
 from speechbrain.utils.distributed import if_main_process, run_on_main
 
 from psla_sb.aggregation import average_weights, score
-from psla_sb.brain import FIGURES, prediction_path, read_results, trained_modules, write_results
-from psla_sb.checkpoints import atomic_write, load_into, save_weights, snapshot_path
+from psla_sb.brain import FIGURES, best_epoch, prediction_path, read_results, write_results
+from psla_sb.checkpoints import atomic_write, load_into, save_weights, snapshot_path, trained_modules
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
 from psla_sb.metrics import summarize
+from psla_sb.sources import Snapshot
 
 MEANING = {
     "epochs": "of the list: one entry for each epoch, scored on the validation set; in an evaluation: the epochs it is made of",
@@ -72,7 +73,7 @@ def evaluate(brain, dataset, name, vocabulary, loader_kwargs):
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
     averaged = [number for number in numbers if number >= hparams.average_start] or numbers[-1:]
-    best = max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
+    best = best_epoch(epochs)
     average = folder / "snapshots" / "average.safetensors"
 
     def write_average():
@@ -86,9 +87,11 @@ def evaluate(brain, dataset, name, vocabulary, loader_kwargs):
         n_clips = len(np.load(prediction_path(folder, f"valid_epoch_{numbers[-1]:02d}"), mmap_mode="r"))
         manifest = Manifest(manifest.table.slice(0, n_clips), manifest.data_root, manifest.source)
     targets = manifest.label_sets(vocabulary).to_multi_hot(np.arange(len(manifest)), len(vocabulary))
-    members = {f"{name}_weight_average": average}
+    # copies of what is in memory: nothing is built again from a file
+    built = {**vars(hparams), **hparams.modules}
+    members = {f"{name}_weight_average": Snapshot(average, built=built)}
     if name == "test":
-        members |= {f"test_epoch_{number:02d}": snapshot_path(folder, number) for number in numbers}
+        members |= {f"test_epoch_{number:02d}": Snapshot(snapshot_path(folder, number), built=built) for number in numbers}
     run_opts = {"device": str(brain.device), "precision": brain.eval_precision}
     predictions = prediction_path(folder, name).parent
     scores = score(
@@ -129,21 +132,23 @@ def evaluate(brain, dataset, name, vocabulary, loader_kwargs):
     return results
 
 
-def example(folder, dataset, vocabulary):
-    """A data set's first clip that can be read, with its true labels, and what the exported tagger says of it.
+def example(brain, dataset, vocabulary):
+    """A data set's first clip that can be read, with its true labels, and what the weight average says of it.
 
     Returns
     -------
     str
     """
+    folder = Path(brain.hparams.output_folder)
     clip = dataset.data[next(row for row in range(len(dataset)) if dataset[row]["error"] is None)]
-    tags = AudioTagger.from_folder(Path(folder) / "tagger").tag_file(clip["wav"])
+    average = Snapshot(folder / "snapshots" / "average.safetensors", built={**vars(brain.hparams), **brain.hparams.modules})
+    tags = AudioTagger.from_source(average, run_opts={"device": str(brain.device)}).tag_file(clip["wav"])
     return "\n".join(
         [
             f"An example, {clip['wav']}",
             "  its labels: " + ", ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
             "  its tags:   " + ", ".join(f"{tag.label} {tag.score:.2f}" for tag in tags),
-            f"Tag your own sounds: psla-tag --model {Path(folder) / 'tagger'} FILE...",
+            f"Tag your own sounds: psla-tag --model {folder / 'tagger'} FILE...",
         ]
     )
 

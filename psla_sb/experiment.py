@@ -17,18 +17,21 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process, run_o
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.brain import Interrupted, TaggingBrain
+from psla_sb.checkpoints import trained_modules
 from psla_sb.command_line import CommandLine, load_hparams
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import CROPS, TaggingDataset, end_workers, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
+from psla_sb.definitions import plain_definitions, read_definitions
 from psla_sb.errors import InputError
 from psla_sb.evaluation import evaluate, example, results_table
 from psla_sb.export import export_tagger
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.lobes import chain
 from psla_sb.lobes.features import n_samples_for
 from psla_sb.score_files import open_scores
-from psla_sb.transfer import load_pretrained_tagger
+from psla_sb.sources import load_pretrained_tagger
 
 logger = get_logger(__name__)
 
@@ -135,7 +138,14 @@ def run(hparams_file, run_opts, overrides):
     vocabulary = prepare(hparams)
     # with it a snapshot can be loaded from the run's folder alone
     run_on_main(vocabulary.to_csv, [Path(folder) / "class_labels_indices.csv"])
-    brain = TaggingBrain(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
+    n_samples = None if hparams["n_frames"] is None else n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+    chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
+    # what cannot be exported or saved is refused before the training, not after it
+    plain_definitions(read_definitions(Path(folder) / "hyperparams.yaml"), hparams)
+    hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
+    brain = hparams.get("brain_class", TaggingBrain)(
+        hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"]
+    )
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
@@ -168,8 +178,8 @@ def run(hparams_file, run_opts, overrides):
         signal.signal(signum, stop)
     results = evaluate(brain, dataset, name, vocabulary, valid_loader)
     if if_main_process():
-        export_tagger(Path(folder) / "tagger", Path(folder) / "hyperparams.yaml", brain.hparams.modules, vocabulary)
-        logger.info("\n%s\n\n%s", results_table(results, hparams["published"]), example(folder, dataset, vocabulary))
+        export_tagger(Path(folder) / "tagger", Path(folder) / "hyperparams.yaml", hparams, vocabulary)
+        logger.info("\n%s\n\n%s", results_table(results, hparams["published"]), example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots import write_pictures
 

@@ -98,4 +98,6 @@ def get_scene_embeddings(audio, model):
     torch.Tensor
         `[sounds, size]`, float32.
     """
-    return model.tagger.timestamp_embeddings(audio)[0].mean(1)
+    if model.tagger.has_times:
+        return model.tagger.timestamp_embeddings(audio)[0].mean(1)
+    return model.tagger.scene_embeddings(audio)

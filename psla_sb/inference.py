@@ -1,41 +1,20 @@
 """Tags for any sound, from a folder that `psla_sb.export` wrote."""
 
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
-import ruamel.yaml
 import torch
-from hyperpyyaml import load_hyperpyyaml
 from tqdm import tqdm
 
-from psla_sb.brain import read_results, trained_modules
-from psla_sb.checkpoints import load_into, load_weights, snapshot_path
 from psla_sb.dataio.audio import read_blocks, read_clip
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.embedding import SoundEncoder, finite
 from psla_sb.errors import InputError
-from psla_sb.export import MODULES, definitions_text, label_encoder, read_definitions
-from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING, psla_to_tagger
-from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.interop import AUDIOSET_FRAMES, PUBLISHED_PADDING
+from psla_sb.lobes import chain
+from psla_sb.lobes.chain import MODULES
+from psla_sb.sources import Published, Snapshot, TaggerFolder, open_source, run_weights
 from psla_sb.timeline import Timeline, batches, events, joined, overlapped, windows
-
-# What the hyperparams.yaml of an exported folder may construct, if it is not to run code of whoever wrote it.
-# Whole names: what begins with a known module's name can go on to anything that the module has imported.
-KNOWN_PARTS = {
-    "!ref",
-    "!new:psla_sb.lobes.features.KaldiFbank",
-    "!new:psla_sb.lobes.features.GlobalNorm",
-    "!new:psla_sb.lobes.efficientnet.EfficientNetEncoder",
-    "!new:psla_sb.lobes.pooling.AttentionPooling",
-    "!new:psla_sb.lobes.pooling.MeanPooling",
-    "!new:psla_sb.lobes.ensemble.EnsembleEncoder",
-    "!new:psla_sb.lobes.ensemble.EnsemblePooling",
-    "!name:psla_sb.checkpoints.load_module",
-    "!new:speechbrain.dataio.encoder.CategoricalEncoder",
-    "!new:speechbrain.utils.parameter_transfer.Pretrainer",
-}
 
 
 class Tag(NamedTuple):
@@ -116,54 +95,44 @@ class AudioTagger(SoundEncoder):
         return super().from_hparams(source=str(source), savedir=savedir, **kwargs)
 
     @classmethod
-    def from_folder(cls, folder, **kwargs):
-        """Loads an exported folder, whose `hyperparams.yaml` may construct nothing but the toolkit's parts.
+    def from_source(cls, source, **kwargs):
+        """Loads what `psla_sb.sources.open_source` has opened.
+
+        Arguments
+        ---------
+        source : Source
+        **kwargs
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+        """
+        hparams = source.hparams()
+        return cls({name: hparams[name] for name in MODULES}, hparams, **kwargs)
+
+    @classmethod
+    def from_folder(cls, folder, trust=(), **kwargs):
+        """Loads an exported folder, whose `hyperparams.yaml` may construct nothing but the toolkit's parts and what is trusted.
 
         `from_hparams` loads the same folder, and any other, but constructs whatever the file names: that can run code.
 
         Arguments
         ---------
         folder : str or Path
-            What `psla_sb.export.export_tagger` wrote.
+            What a run or `psla-export` wrote.
+        trust : sequence of str
+            Modules whose classes may be constructed too, such as `["my_lobes"]`. Installed packages with an entry point of the
+            group `psla_sb.lobes` are trusted as they are.
         **kwargs
-            For `from_hparams`, such as `run_opts={"device": "cuda:0"}`.
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
 
         Raises
         ------
         InputError
             There is no such folder, or its file names other parts.
         """
-        file = Path(folder) / "hyperparams.yaml"
-        if not file.is_file():
-            raise InputError(f"{folder}: not the folder of a tagger (it has no hyperparams.yaml)")
-        try:
-            tags = {
-                str(event.tag)
-                for event in ruamel.yaml.YAML().parse(file.read_text(encoding="utf-8"))
-                if getattr(event, "tag", None)
-            }
-        except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: not a YAML file: {error}") from None
-        for tag in sorted(tags):
-            if tag not in KNOWN_PARTS:
-                raise InputError(
-                    f"{file} constructs '{tag}', which is not a part of psla_sb; AudioTagger.from_hparams would run it"
-                )
-        try:
-            tagger = cls.from_hparams(source=str(folder), **kwargs)
-        except InputError:
-            raise
-        except (KeyError, ValueError, AttributeError, TypeError, OSError) as error:
-            raise InputError(f"{folder}: not the whole folder of a tagger: {type(error).__name__}: {error}") from error
-        if len(tagger.hparams.label_encoder) != len(tagger.hparams.mids):
-            raise InputError(f"{folder}: label_encoder.ckpt has not as many names as hyperparams.yaml has mids")
-        return tagger
+        return cls.from_source(TaggerFolder(folder, trust), **kwargs)
 
     @classmethod
     def from_psla_checkpoint(cls, path, labels, padding=PUBLISHED_PADDING, n_frames=AUDIOSET_FRAMES, **kwargs):
-        """Loads a checkpoint of the published PSLA code.
-
-        `python -m psla_sb.interop` writes it as a folder, which loads faster and by itself.
+        """Loads a checkpoint of the published PSLA code; `psla-import` writes it as a folder, which loads faster and by itself.
 
         Arguments
         ---------
@@ -176,7 +145,7 @@ class AudioTagger(SoundEncoder):
         n_frames : int
             Frames that the model was trained on: 1056 for AudioSet, 3000 for FSD50K.
         **kwargs
-            For `from_hparams`, such as `run_opts={"device": "cuda:0"}`.
+            For the constructor, such as `run_opts={"device": "cuda:0"}`.
 
         Raises
         ------
@@ -196,12 +165,10 @@ class AudioTagger(SoundEncoder):
         >>> tagger.tag_batch(torch.zeros(1, 16000)).shape
         torch.Size([1, 2])
         """
-        with tempfile.TemporaryDirectory() as folder:
-            psla_to_tagger(path, labels, folder, padding, n_frames)
-            return cls.from_folder(folder, **kwargs)
+        return cls.from_source(Published(path, labels, padding, n_frames), **kwargs)
 
     @classmethod
-    def from_experiment(cls, folder, weights="average", **kwargs):
+    def from_experiment(cls, folder, weights="average", trust=(), **kwargs):
         """Loads what a training run wrote.
 
         Arguments
@@ -210,76 +177,53 @@ class AudioTagger(SoundEncoder):
             The run's `output_folder`.
         weights : str or int
             "average" (of the last epochs), "best" (on the validation set), "last", or the number of an epoch.
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+        trust, **kwargs
+            See `from_folder`.
 
         Raises
         ------
         InputError
             It is not the folder of a run, or these weights are not there.
         """
-        epochs = read_results(folder).get("epochs")
-        if not epochs:
-            raise InputError(f"{folder}: not the output folder of a run that has trained an epoch")
-        named = {"last": epochs[-1]["epoch"], "best": max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]}
-        if weights == "average":
-            return cls.from_snapshot(Path(folder) / "snapshots" / "average.safetensors", **kwargs)
-        return cls.from_snapshot(snapshot_path(folder, int(named.get(weights, weights))), **kwargs)
+        return cls.from_snapshot(run_weights(folder, weights), trust, **kwargs)
 
     @classmethod
-    def from_snapshot(cls, path, **kwargs):
+    def from_snapshot(cls, path, trust=(), **kwargs):
         """Loads a snapshot of a training run, from the run's folder.
 
         Arguments
         ---------
         path : str or Path
             Such as `results/psla/1/snapshots/epoch_30.safetensors`.
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+        trust, **kwargs
+            See `from_folder`.
 
         Raises
         ------
         InputError
             There is no such file, it is not whole, or it does not fit the model of the run.
         """
-        state, run = load_weights(path), Path(path).resolve().parents[1]
-        if not (run / "hyperparams.yaml").is_file():
-            raise InputError(f"{path}: beside its folder there is no hyperparams.yaml that says what model it is of")
-        hparams = load_hyperpyyaml(definitions_text(read_definitions(run / "hyperparams.yaml")))
-        modules = {name: hparams[name] for name in MODULES}
-        load_into(trained_modules(modules), state, path)
-        vocabulary = Vocabulary.from_csv(run / "class_labels_indices.csv")
-        hparams |= {"mids": vocabulary.mids, "label_encoder": label_encoder(vocabulary)}
-        return cls(modules, hparams, **kwargs)
+        return cls.from_source(Snapshot(path, trust), **kwargs)
 
     @classmethod
-    def from_any(cls, source, labels=None, **kwargs):
+    def from_any(cls, source, labels=None, trust=(), **kwargs):
         """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a checkpoint of the published code.
 
         Arguments
         ---------
         source : str or Path
-            A folder, a `.safetensors` or a `.pth` file.
+            See `psla_sb.sources.open_source`.
         labels : str or Path, optional
             The class list, for a checkpoint of the published code.
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
+        trust, **kwargs
+            See `from_folder`.
 
         Raises
         ------
         InputError
             It is none of these.
         """
-        source = Path(source)
-        if (source / "results.json").is_file():
-            return cls.from_experiment(source, **kwargs)
-        if source.is_dir():
-            return cls.from_folder(source, **kwargs)
-        if source.suffix == ".safetensors":
-            return cls.from_snapshot(source, **kwargs)
-        if labels is None:
-            raise InputError(f"{source}: a checkpoint of the published code needs a class list beside it, see --labels")
-        return cls.from_psla_checkpoint(source, labels, **kwargs)
+        return cls.from_source(open_source(source, labels, trust), **kwargs)
 
     def tag_batch(self, wavs, wav_lens=None):
         """Scores of a batch of waveforms.
@@ -301,24 +245,27 @@ class AudioTagger(SoundEncoder):
         ValueError
             Tensors of another kind, or samples that are not finite or too large.
         """
-        return self.tag_features(finite(self.features(wavs, wav_lens)))
+        feats, lens = self.features_and_lens(wavs, wav_lens)
+        return self.tag_features(finite(feats), lens)
 
-    def tag_features(self, feats):
+    def tag_features(self, feats, lens=None):
         """Scores of a batch of normalised features.
 
         Arguments
         ---------
         feats : torch.Tensor
             `[batch, frames, mels]`, on the tagger's device.
+        lens : torch.Tensor, optional
+            `[batch]`, relative lengths, for encoders and classifiers that take them.
 
         Returns
         -------
         torch.Tensor
             `[batch, classes]`, in [0, 1].
         """
-        feature_map = self.encode_features(feats)
+        feature_map = self.encode_features(feats, lens)
         with torch.inference_mode(), self.inference_ctx:
-            return self.mods.classifier(feature_map).clamp(0.0, 1.0)
+            return chain.classify(self.mods, feature_map, lens).clamp(0.0, 1.0)
 
     def tag_file(self, path, top_k=5, threshold=None):
         """The best-scored classes of a sound file; of a long one, of its beginning, as much as the model was trained on.
@@ -344,8 +291,11 @@ class AudioTagger(SoundEncoder):
         ValueError
             `top_k` is below 1.
         """
-        feats = finite(self.features(read_clip(path, self.hparams.sample_rate)), path)
-        return self._tags(self.tag_features(feats)[0], top_k, threshold)
+        return self._tags(self._file_scores(path)[0], top_k, threshold)
+
+    def _file_scores(self, path):
+        feats, lens = self.features_and_lens(read_clip(path, self.hparams.sample_rate))
+        return self.tag_features(finite(feats, path), lens)
 
     def _tags(self, scores, top_k, threshold):
         if top_k < 1:
@@ -391,21 +341,31 @@ class AudioTagger(SoundEncoder):
         # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
         names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in paths]
         manifest = Manifest.from_columns([str(row) for row in range(len(paths))], names, [0.0] * len(paths), [""] * len(paths))
-        if self.n_samples is None:
+        if getattr(self.mods.compute_features, "n_frames", None) is None:
             # a longer clip in the batch would lengthen what the classifier sees of this one
             batch_size = 1
         rows = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
         loader = clip_loader(manifest, self.hparams.sample_rate, self.n_samples, rows, num_workers)
         with tqdm(total=len(paths), unit=" files", disable=None if progress else True) as bar:
             for batch in loader:
-                feats = self.features(*batch.to(self.device).sig)
-                usable = torch.isfinite(feats).flatten(1).all(1)
-                scores = self.tag_features(feats.where(usable[:, None, None], 0.0)).cpu()
-                for row, error, good, answer in zip(batch.index, batch.error, usable.tolist(), scores, strict=True):
-                    if error is None and not good:
-                        error = f"{paths[row]}: samples that are not finite, or far outside of [-1, 1]"
-                    yield FileTags(paths[row], None if error else self._tags(answer, top_k, threshold), error)
+                yield from self._tags_of_batch(batch, paths, top_k, threshold)
                 bar.update(len(batch.index))
+
+    def _tags_of_batch(self, batch, paths, top_k, threshold):
+        errors = list(batch.error)
+        try:
+            feats, lens = self.features_and_lens(*batch.to(self.device).sig)
+            usable = torch.isfinite(feats).flatten(1).all(1)
+            answers = self.tag_features(feats.where(usable[:, None, None], 0.0), lens).cpu()
+        except InputError as refused:
+            # other people's parts, whose clips are tagged one by one
+            errors, answers = [error or f"{paths[row]}: {refused}" for row, error in zip(batch.index, errors, strict=True)], errors
+        else:
+            bad = "samples that are not finite, or far outside of [-1, 1]"
+            checked = zip(batch.index, errors, usable.tolist(), strict=True)
+            errors = [error if error or good else f"{paths[row]}: {bad}" for row, error, good in checked]
+        for row, error, answer in zip(batch.index, errors, answers, strict=True):
+            yield FileTags(paths[row], None if error else self._tags(answer, top_k, threshold), error)
 
     def classify_batch(self, wavs, wav_lens=None):
         """Scores and the best class, as SpeechBrain's `EncoderClassifier.classify_batch` returns them.
@@ -442,12 +402,16 @@ class AudioTagger(SoundEncoder):
         InputError
             See `tag_file`.
         """
-        feats = finite(self.features(read_clip(path, self.hparams.sample_rate)), path)
-        return self._classified(self.tag_features(feats))
+        return self._classified(self._file_scores(path))
 
     def _classified(self, scores):
         best, index = scores.max(dim=-1)
         return scores, best, index, self.hparams.label_encoder.decode_torch(index)
+
+    @property
+    def has_timeline(self):
+        """Whether `tag_timeline` works: the classifier has `segment_scores`, and the encoder's steps follow the clip."""
+        return hasattr(self.mods.classifier, "segment_scores") and self.has_times
 
     def tag_timeline(self, path, window=10.0, hop=1.0, batch_size=8):
         """The scores of all classes along a recording of any length, which is read piece by piece.
@@ -482,18 +446,26 @@ class AudioTagger(SoundEncoder):
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
         pieces = windows(read_blocks(path, self.hparams.sample_rate), n_samples, hop_samples)
-        scores = joined(overlapped(self._window_scores(pieces, batch_size, path), hop_steps))
+        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, path), hop_steps))
         labels = [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
         return Timeline(self.step_times(len(scores)).numpy(), scores, labels, list(self.hparams.mids))
 
     events = staticmethod(events)
 
-    def _window_scores(self, pieces, batch_size, path):
+    def _window_scores(self, pieces, n_samples, batch_size, path):
         """Yields each window's `[steps, classes]`."""
+        segment_scores = getattr(self.mods.classifier, "segment_scores", None)
+        if segment_scores is None:
+            classifier = type(self.mods.classifier).__qualname__
+            raise InputError(
+                f"this model's classifier ({classifier}) has no segment_scores: it tells what is in a clip, not when, so there is "
+                "no timeline"
+            )
         for wavs in batches(pieces, batch_size):
-            feature_map = self.encode_features(finite(self.features(wavs), path))
+            feats, lens = self.features_and_lens(*self.whole_window(wavs, n_samples))
+            feature_map = self.encode_features(finite(feats, path), lens)
             with torch.inference_mode():
-                scores = self.mods.classifier.segment_scores(feature_map)
+                scores = segment_scores(feature_map)
             yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
 
     forward = tag_batch

@@ -6,9 +6,8 @@ import ruamel.yaml
 
 from psla_sb.brain import FIGURES, read_results
 from psla_sb.checkpoints import atomic_write
-from psla_sb.export import read_definitions, write_tagger
 from psla_sb.inference import AudioTagger
-from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.sources import Snapshot, run_weights
 
 CARD = """---
 library_name: speechbrain
@@ -51,10 +50,10 @@ ONNX = """
 WEIGHTS = {"average": "weight_average", "best": "best", "last": "last"}
 
 
-def export_run(run, folder, weights="average", onnx=False):
+def export_run(run, folder, weights="average", onnx=False, trust=()):
     """Writes a run's tagger as a folder.
 
-    Beside what `psla_sb.export.write_tagger` writes: `class_labels_indices.csv`, the model card `README.md` and, if wanted,
+    Beside the tagger itself: `class_labels_indices.csv`, the model card `README.md` and, if wanted,
     `model.onnx`.
 
     Arguments
@@ -67,6 +66,8 @@ def export_run(run, folder, weights="average", onnx=False):
         "average", "best", "last" or the number of an epoch.
     onnx : bool
         Whether to write `model.onnx` too.
+    trust : sequence of str
+        Modules whose classes the run's model may be made of.
 
     Raises
     ------
@@ -74,9 +75,9 @@ def export_run(run, folder, weights="average", onnx=False):
         It is not the folder of a run, these weights are not there, or ONNX's probabilities are others.
     """
     run, folder = Path(run), Path(folder)
-    tagger = AudioTagger.from_experiment(run, weights, run_opts={"device": "cpu"})
-    vocabulary = Vocabulary.from_csv(run / "class_labels_indices.csv")
-    write_tagger(folder, read_definitions(run / "hyperparams.yaml"), tagger.mods, vocabulary)
+    source = Snapshot(run_weights(run, weights), trust)
+    tagger, vocabulary = AudioTagger.from_source(source, run_opts={"device": "cpu"}), source.vocabulary
+    source.export(folder)
     vocabulary.to_csv(folder / "class_labels_indices.csv")
     note = ""
     if onnx:

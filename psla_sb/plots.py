@@ -18,7 +18,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from psla_sb.brain import prediction_path, read_results
 from psla_sb.checkpoints import atomic_write
-from psla_sb.lobes.features import FRAME_SHIFT_MS, n_frames_of
+from psla_sb.lobes import chain
+from psla_sb.lobes.features import KaldiFbank, n_frames_of
 from psla_sb.metrics import average_precision
 
 # Okabe and Ito's colours, which colour-blind people tell apart; their pale versions differ in grey as well.
@@ -452,7 +453,7 @@ def recording(extremes, energies, column, timeline, path, title="Recording", n_r
     column : float
         Seconds of a column.
     timeline : psla_sb.timeline.Timeline
-        The scores of all classes.
+        The scores of all classes; None draws none.
     path : str or Path
         The PNG file to write.
     title : str
@@ -476,15 +477,12 @@ def recording(extremes, energies, column, timeline, path, title="Recording", n_r
     """
     seconds = len(extremes) * column
     unit, scale = ("s", 1) if seconds < 300 else ("min", 60) if seconds < 3 * 3600 else ("h", 3600)
-    shown = np.argsort(-timeline.scores.max(axis=0), kind="stable")[:n_rows]
-    # a step that is narrower than a dot of the picture must not vanish
-    together = -(-len(timeline.times) // 1500)
-    scores = np.pad(timeline.scores[:, shown], ((0, -len(timeline.times) % together), (0, 0)))
-    scores = scores.reshape(-1, together, len(shown)).max(axis=1)
-    step = (timeline.times[1] - timeline.times[0] if len(timeline.times) > 1 else 2 * timeline.times[0]) * together
-    with page(path, 3.0 + 0.17 * len(shown), layout="constrained") as figure:
-        rows = figure.subplots(3, 2, width_ratios=[50, 1], height_ratios=[1, 1.3, 0.25 + 0.17 * len(shown)])
-        (wave, nothing), (image, energy_scale), (heat, score_scale) = rows
+    n_shown = 0 if timeline is None else min(n_rows, len(timeline.labels))
+    heights = [1, 1.3, *([] if timeline is None else [0.25 + 0.17 * n_shown])]
+    with page(path, 3.0 + 0.17 * n_shown, layout="constrained") as figure:
+        (wave, nothing), (image, energy_scale), *scored = figure.subplots(
+            len(heights), 2, width_ratios=[50, 1], height_ratios=heights
+        )
         nothing.axis("off")
         times = (np.arange(len(extremes)) + 0.5) * column / scale
         wave.fill_between(times, extremes[:, 0], extremes[:, 1], color=BLUE, linewidth=0.3)
@@ -504,18 +502,30 @@ def recording(extremes, energies, column, timeline, path, title="Recording", n_r
         )
         image.set(ylabel="mel band", yticks=[0, energies.shape[1]])
         figure.colorbar(drawn, cax=energy_scale, label="log energy")
-        drawn = heat.imshow(scores.T, cmap="Blues", extent=(0, len(scores) * step / scale, len(shown), 0), vmin=0, vmax=1, **look)
-        heat.set_yticks(np.arange(len(shown)) + 0.5, [_shorten(timeline.labels[c]) for c in shown])
-        heat.set(xlabel=f"time ({unit})")
-        heat.tick_params(axis="y", length=0)
-        figure.colorbar(drawn, cax=score_scale, label="score", ticks=[0, 0.5, 1])
-        for axes in (wave, image, heat):
+        for heat, score_scale in scored:
+            _draw_scores(figure, heat, score_scale, timeline, n_shown, scale, look)
+        below = scored[0][0] if scored else image
+        below.set(xlabel=f"time ({unit})")
+        for axes in (wave, image, below):
             axes.grid(visible=False)
             axes.set_xlim(0, seconds / scale)
-            axes.tick_params(labelbottom=axes is heat)
-        for axes in (energy_scale, score_scale):
+            axes.tick_params(labelbottom=axes is below)
+        for axes in (energy_scale, *(score_scale for _, score_scale in scored)):
             axes.tick_params(labelsize=6)
     return figure
+
+
+def _draw_scores(figure, heat, score_scale, timeline, n_shown, scale, look):
+    shown = np.argsort(-timeline.scores.max(axis=0), kind="stable")[:n_shown]
+    # a step that is narrower than a dot of the picture must not vanish
+    together = -(-len(timeline.times) // 1500)
+    scores = np.pad(timeline.scores[:, shown], ((0, -len(timeline.times) % together), (0, 0)))
+    scores = scores.reshape(-1, together, n_shown).max(axis=1)
+    step = (timeline.times[1] - timeline.times[0] if len(timeline.times) > 1 else 2 * timeline.times[0]) * together
+    drawn = heat.imshow(scores.T, cmap="Blues", extent=(0, len(scores) * step / scale, n_shown, 0), vmin=0, vmax=1, **look)
+    heat.set_yticks(np.arange(n_shown) + 0.5, [_shorten(timeline.labels[c]) for c in shown])
+    heat.tick_params(axis="y", length=0)
+    figure.colorbar(drawn, cax=score_scale, label="score", ticks=[0, 0.5, 1])
 
 
 def _fit(text, width):
@@ -552,21 +562,25 @@ def write_pictures(brain, dataset, name, vocabulary, train_labels):
         folder / "plots" / "class_ap.png",
         "Average precision per class, of the mean of all epochs' scores (ensemble)",
     )
-    clips = []
+    front_end, rate, clips = brain.hparams.modules["compute_features"], brain.hparams.sample_rate, []
+    shift = chain.frame_shift(front_end, rate)
     for row in np.linspace(0, len(average) - 1, min(N_EXAMPLES, len(average))).round().astype(int):
         with dataset.output_keys_as(["id", "sig", "error"]):
             item = dataset[int(row)]
         if item["error"] is not None:
             continue
         with torch.inference_mode():
-            features = brain.hparams.modules["compute_features"](item["sig"][None].to(brain.device))[0].cpu().numpy()
+            wavs = item["sig"][None].to(brain.device)
+            features = chain.call(front_end, wavs, torch.ones(1, device=wavs.device))[0].cpu().numpy()
+        if isinstance(front_end, KaldiFbank):
+            # without the padding, whose 0.0 would be the loudest sound
+            features = features[: n_frames_of(len(item["sig"]), rate)]
         best = np.argsort(-average[row], kind="stable")[:N_TAGS]
         clips.append(
             {
                 "title": item["id"],
-                # without the padding, whose 0.0 would be the loudest sound
-                "features": features[: n_frames_of(len(item["sig"]), brain.hparams.sample_rate)],
-                "shift": FRAME_SHIFT_MS / 1000,
+                "features": features,
+                "shift": shift / rate,
                 "labels": [vocabulary.names[c] for c in np.flatnonzero(targets[row])],
                 "tags": [(vocabulary.names[c], float(average[row, c])) for c in best],
             }

@@ -129,7 +129,7 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
     """
     run_opts = experiment.start_processes(run_opts)
     # the recipe's own encoder is not used: nothing is downloaded for it
-    hparams = load_hparams(hparams_file, {"pretrained": None, **overrides})
+    hparams = load_hparams(hparams_file, overrides, if_there={"pretrained": None})
     vocabulary = experiment.prepare(hparams)
     manifest = Manifest.from_file(hparams["train_annotation"], hparams["data_folder"])
     labels = manifest.label_sets(vocabulary)
@@ -147,7 +147,8 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
         truth = read_labels(options.clean)
         clean = truth.label_sets(vocabulary).take(manifest.rows_in(truth.table["ID"], options.clean))
     check_relations(vocabulary, ontology, options.types)
-    scores = teacher_scores(options.teacher, manifest, vocabulary, folder, hparams, run_opts, options.labels)
+    trust = hparams["trust"]
+    scores = teacher_scores(options.teacher, manifest, vocabulary, folder, hparams, run_opts, options.labels, trust)
     if not if_main_process():
         return
     warn_of_classes_without_clips(labels, vocabulary)
@@ -178,7 +179,7 @@ def check_relations(vocabulary, ontology, types):
         raise InputError(f"the ontology relates none of the {len(vocabulary)} classes to another; is it that of this data set?")
 
 
-def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, labels=None):
+def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, labels=None, trust=()):
     """Scores clips and writes `scores.npy` and `ids.csv`.
 
     Arguments
@@ -196,6 +197,8 @@ def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, la
         SpeechBrain's, for device and precision.
     labels : str or Path, optional
         The class list of teachers that are checkpoints of the published code, by default the recipe's.
+    trust : sequence of str
+        Modules whose classes teachers may be made of.
 
     Returns
     -------
@@ -218,6 +221,7 @@ def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, la
         **loader,
         run_opts=run_opts,
         labels=labels or hparams["class_list"],
+        trust=trust,
         crop=experiment.crop_of("eval_crop", hparams),
         check=audio_check(hparams.get("on_bad_audio", "error"), folder, "train", len(manifest)),
     )

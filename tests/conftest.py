@@ -32,8 +32,8 @@ def lively_runs(tiny_run, mini_data, tmp_path_factory):
     import yaml
 
     from psla_sb.aggregation import update_batch_norm
-    from psla_sb.brain import trained_modules, write_results
-    from psla_sb.checkpoints import save_weights, snapshot_path
+    from psla_sb.brain import write_results
+    from psla_sb.checkpoints import save_weights, snapshot_path, trained_modules
     from psla_sb.dataio.dataset import clip_loader
     from psla_sb.dataio.manifest import Manifest
     from psla_sb.inference import AudioTagger

@@ -16,7 +16,7 @@ import torch
 from speechbrain import Stage
 from torch import nn
 
-from psla_sb import aggregation, interop
+from psla_sb import aggregation, interop, sources
 from psla_sb.aggregation import average_weights, score, update_batch_norm
 from psla_sb.brain import TaggingBrain
 from psla_sb.checkpoints import UNFINISHED, load_weights, save_weights, snapshot_path
@@ -94,7 +94,7 @@ def test_average_holds_one_file_at_a_time(tmp_path, monkeypatch):
         earlier.extend(map(weakref.ref, state.values()))
         return state
 
-    monkeypatch.setattr(aggregation, "load_weights", load)
+    monkeypatch.setattr(sources, "load_weights", load)
     average_weights(paths)
     assert len(earlier) == 4
 

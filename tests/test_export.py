@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from psla_sb import onnx_export
 from psla_sb.cli import export
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
@@ -80,11 +81,11 @@ def test_onnx_is_compared_with_pytorch_before_it_is_written(tiny_run, tmp_path, 
     assert not list((tmp_path / "wrong").iterdir())
 
 
-def test_onnx_needs_a_front_end_that_it_knows(tiny_run, tmp_path):
+def test_onnx_names_the_parts_of_what_cannot_be_exported(tiny_run, tmp_path):
     pytest.importorskip("onnxruntime")
     tagger = AudioTagger.from_folder(tiny_run[0] / "tagger")
     tagger.mods["compute_features"] = torch.nn.Identity()
-    with pytest.raises(InputError, match="KaldiFbank"):
+    with pytest.raises(InputError, match=r"compute_features Identity.* to ONNX"):
         export_onnx(tagger, tmp_path / "model.onnx")
 
 
@@ -114,13 +115,15 @@ def test_wrong_command_line(options, message, tiny_run, tmp_path, capsys):
     assert "not the output folder of a run" in capsys.readouterr().err
 
 
-def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path):
+def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     tagger = sensitive_tagger(tiny_run[0] / "tagger")
     tagger.mods["compute_features"] = KaldiFbank(n_mels=32)
     for conv in tagger.mods.classifier.att:
         conv.weight.mul_(5)
         conv.bias.fill_(-13.0)
+    # this tagger makes much of rounding, which is not the same on all processors: 1.5e-4 on some
+    monkeypatch.setattr(onnx_export, "TOLERANCE", 5e-4)
     export_onnx(tagger, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     # louder and fainter, so that the steps differ

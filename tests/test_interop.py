@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from psla_sb.checkpoints import load_into, load_weights, save_weights
+from psla_sb.cli import import_checkpoint as main
 from psla_sb.errors import InputError
 from psla_sb.inference import AudioTagger
-from psla_sb.interop import load_psla_checkpoint, main, psla_to_tagger, save_psla_checkpoint
+from psla_sb.interop import load_psla_checkpoint, save_psla_checkpoint
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-from psla_sb.transfer import load_pretrained_tagger
+from psla_sb.sources import Published, load_pretrained_tagger
 
 # What the published code gave for clips 0 and 1 through state_dict("b0", 4, 200): the probabilities of every tenth class.
 # fmt: off
@@ -408,7 +409,7 @@ def source(request, save, small_state, labels, tmp_path):
     """The same trained model of 3 classes in each form that training can start from."""
     path = save(small_state)
     if request.param == "folder":
-        psla_to_tagger(path, labels(3), tmp_path / "tagger")
+        Published(path, labels(3)).export(tmp_path / "tagger")
         return tmp_path / "tagger"
     if request.param == "snapshot":
         encoder, pooling = load_psla_checkpoint(path)
@@ -503,7 +504,7 @@ def test_sources_that_are_none(tmp_path, save):
 
 
 def test_a_tagger_folder_holds_the_checkpoints_weights(save, small_state, labels, tmp_path):
-    psla_to_tagger(save(small_state), labels(3), tmp_path / "tagger", padding="tensorflow", n_frames=3000)
+    Published(save(small_state), labels(3), padding="tensorflow", n_frames=3000).export(tmp_path / "tagger")
     assert load_weights(tmp_path / "tagger" / "embedding_model.ckpt").keys() == EfficientNetEncoder("b0").state_dict().keys()
     text = (tmp_path / "tagger" / "hyperparams.yaml").read_text()
     assert "padding: tensorflow" in text

@@ -3,6 +3,8 @@
 from torch import nn
 from torch.nn import functional as F
 
+from psla_sb.lobes.chain import call
+
 
 class EnsembleEncoder(nn.Module):
     """The encoders of the members, side by side.
@@ -47,7 +49,7 @@ class EnsembleEncoder(nn.Module):
         tuple of torch.Tensor
             Each member's feature map `[batch, channels, freq, steps]`.
         """
-        return tuple(member(feats, lens) for member in self.members)
+        return tuple(call(member, feats, lens) for member in self.members)
 
 
 class EnsemblePooling(nn.Module):
@@ -85,20 +87,22 @@ class EnsemblePooling(nn.Module):
     def _mean(self, answers):
         return sum(weight * answer.clamp(0, 1) for weight, answer in zip(self.weights, answers, strict=True))
 
-    def forward(self, feature_maps):
+    def forward(self, feature_maps, lens=None):
         """Probabilities of each clip.
 
         Arguments
         ---------
         feature_maps : sequence of torch.Tensor
             Each member's `[batch, channels, freq, steps]`.
+        lens : torch.Tensor, optional
+            Handed on to the members that take it.
 
         Returns
         -------
         torch.Tensor
             `[batch, classes]`, float32.
         """
-        return self._mean([member(x) for member, x in zip(self.members, feature_maps, strict=True)])
+        return self._mean([call(member, x, lens) for member, x in zip(self.members, feature_maps, strict=True)])
 
     def segment_scores(self, feature_maps):
         """Scores of each step, for timelines.

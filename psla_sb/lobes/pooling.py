@@ -27,8 +27,9 @@ def _check_sizes(**sizes):
 
 
 def _steps(feature_map):
-    """`[batch, channels, freq, steps]` -> `[batch, steps, channels]`, the mean over frequency in float32."""
-    return feature_map.float().mean(2).transpose(1, 2)
+    """A feature map -> `[batch, steps, channels]`, float32: the mean over frequency, if it has any."""
+    x = feature_map.float()
+    return (x.mean(2) if x.dim() == 4 else x).transpose(1, 2)
 
 
 def _sigmoid_of(conv, x):
@@ -87,7 +88,7 @@ class AttentionPooling(nn.Module):
         Arguments
         ---------
         feature_map : torch.Tensor
-            `[batch, channels, freq, steps]`
+            `[batch, channels, freq, steps]` or `[batch, channels, steps]`
 
         Returns
         -------
@@ -112,7 +113,7 @@ class AttentionPooling(nn.Module):
         Arguments
         ---------
         feature_map : torch.Tensor
-            `[batch, channels, freq, steps]`
+            `[batch, channels, freq, steps]` or `[batch, channels, steps]`
 
         Returns
         -------
@@ -156,7 +157,7 @@ class MeanPooling(nn.Module):
         Arguments
         ---------
         feature_map : torch.Tensor
-            `[batch, channels, freq, steps]`
+            `[batch, channels, freq, steps]` or `[batch, channels, steps]`
 
         Returns
         -------
@@ -171,7 +172,7 @@ class MeanPooling(nn.Module):
         Arguments
         ---------
         feature_map : torch.Tensor
-            `[batch, channels, freq, steps]`
+            `[batch, channels, freq, steps]` or `[batch, channels, steps]`
 
         Returns
         -------

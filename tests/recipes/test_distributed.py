@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from speechbrain import Stage
 
-from psla_sb.brain import FIGURES, TaggingBrain, trained_modules
-from psla_sb.checkpoints import load_into, load_weights, snapshot_path
+from psla_sb.brain import FIGURES, TaggingBrain
+from psla_sb.checkpoints import load_into, load_weights, snapshot_path, trained_modules
 from psla_sb.command_line import load_hparams
 from psla_sb.experiment import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary

@@ -1,0 +1,293 @@
+"""A tagger's four modules, called one after another: waveforms -> features -> feature map -> probabilities.
+
+Whatever class a YAML file names for one of them, it is called from here and nowhere else: by SpeechBrain's conventions, with
+relative lengths for the classes that take them, and in float32 wherever PSLA computes in float32.
+"""
+
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from psla_sb.errors import InputError
+from psla_sb.lobes.features import full_float32, n_samples_for
+
+MODULES = ("compute_features", "mean_var_norm", "embedding_model", "classifier")
+SHAPES = {
+    "compute_features": "[batch, frames, mels]",
+    "mean_var_norm": "[batch, frames, mels]",
+    "embedding_model": "[batch, channels, freq, steps] or [batch, channels, steps]",
+    "classifier": "[batch, n_classes]",
+}
+LENGTHS = re.compile(r"(^|_)len(s|gths?)?$")
+# How far probabilities may be outside of [0, 1]: rounding, not the scale of logits.
+ROUNDING = 1e-3
+
+
+def unwrapped(module: Any) -> Any:
+    """The module itself, without what distributed training and the compiler put around it."""
+    if isinstance(module, DistributedDataParallel):
+        module = module.module
+    return getattr(module, "_orig_mod", module)
+
+
+@functools.lru_cache(maxsize=256)
+def _lengths_argument(function: Callable) -> str | None:
+    try:
+        names = list(inspect.signature(function).parameters)[1:]
+    except (TypeError, ValueError):
+        # code that is not written in Python
+        return None
+    return next((name for name in names if LENGTHS.search(name)), None)
+
+
+def call(module: Any, x: Any, lens: Tensor | None = None) -> Any:
+    """Calls a module, with relative lengths if its `forward` has an argument for them: `lens`, `lengths`, `wav_lens` and the like.
+
+    Example
+    -------
+    >>> call(nn.Identity(), torch.zeros(1), torch.ones(1))
+    tensor([0.])
+    """
+    kind = type(unwrapped(module))
+    name = _lengths_argument(kind.forward if issubclass(kind, nn.Module) else kind.__call__)
+    return module(x) if name is None else module(x, **{name: lens})
+
+
+def features(
+    modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Normalised features `[batch, frames, mels]`, float32, and their relative lengths `[batch]`.
+
+    Arguments
+    ---------
+    modules
+        `compute_features` and `mean_var_norm`.
+    wavs
+        `[batch, samples]`
+    wav_lens
+        `[batch]`, lengths relative to the longest clip.
+    augment
+        What is done to the features before they are normalised.
+    """
+    with full_float32(wavs.device):
+        feats = call(modules["compute_features"], wavs, wav_lens)
+        if augment is not None:
+            feats = augment(feats)
+        lens = _feature_lens(unwrapped(modules["compute_features"]), wavs, wav_lens)
+        return call(modules["mean_var_norm"], feats, lens), lens
+
+
+def _feature_lens(compute_features: Any, wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
+    """Lengths relative to the frames that come out: a front end with `n_frames` cuts or pads to as many, whatever goes in."""
+    n_frames, sample_rate = getattr(compute_features, "n_frames", None), getattr(compute_features, "sample_rate", None)
+    if n_frames is None or sample_rate is None:
+        return wav_lens
+    lens = torch.ones(len(wavs), device=wavs.device) if wav_lens is None else wav_lens.to(wavs.device)
+    return (lens * (wavs.shape[1] / n_samples_for(n_frames, sample_rate))).clamp(max=1.0)
+
+
+def classify(modules: Mapping[str, Any], feature_map: Any, lens: Tensor | None = None) -> Tensor:
+    """Probabilities `[batch, classes]` of a feature map; the classifier computes in float32."""
+    if isinstance(feature_map, Tensor):
+        feature_map = feature_map.float()
+    device = feature_map.device if isinstance(feature_map, Tensor) else feature_map[0].device
+    with full_float32(device):
+        return call(modules["classifier"], feature_map, lens)
+
+
+def probabilities(
+    modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Probabilities `[batch, classes]` of waveforms; arguments as of `features`.
+
+    Example
+    -------
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> class Encoder(nn.Conv1d):
+    ...     def forward(self, feats):
+    ...         return super().forward(feats.transpose(1, 2))
+    >>> parts = KaldiFbank(n_mels=64), GlobalNorm(), Encoder(64, 8, kernel_size=9), MeanPooling(8, n_classes=3)
+    >>> probabilities(dict(zip(MODULES, parts, strict=True)), torch.randn(2, 16000)).shape
+    torch.Size([2, 3])
+    """
+    feats, lens = features(modules, wavs, wav_lens, augment)
+    return classify(modules, call(modules["embedding_model"], feats, lens), lens)
+
+
+def _noise(n_clips: int, n_samples: int) -> Tensor:
+    return 0.1 * torch.randn(n_clips, n_samples, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _trying(modules: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Gives modules to try: in evaluation mode, without gradients; their modes and the random generators are put back.
+
+    A normalisation may need to have seen a batch, so a copy of it is tried in training mode.
+    """
+    parts = [part for module in modules.values() if isinstance(module, nn.Module) for part in module.modules()]
+    modes = [part.training for part in parts]
+    tried = {**modules, "mean_var_norm": copy.deepcopy(modules["mean_var_norm"])}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, module in tried.items():
+            if isinstance(module, nn.Module):
+                module.train(name == "mean_var_norm")
+        try:
+            yield tried
+        finally:
+            for part, mode in zip(parts, modes, strict=True):
+                part.training = mode
+
+
+def check(modules: Mapping[str, Any], sample_rate: int, n_classes: int, n_samples: int | None = None) -> None:
+    """Tries the modules on two clips of noise, before hours of training.
+
+    Raises
+    ------
+    InputError
+        One of them fails, gives another shape than the next one takes, or the classifier gives no probabilities.
+    """
+    x: Any = _noise(2, n_samples or sample_rate)
+    lens: Tensor | None = torch.ones(2)
+    with _trying(modules) as tried:
+        for name in MODULES:
+            given = f"{name} ({type(modules[name]).__qualname__})"
+            taken = f"waveforms {list(x.shape)}" if name == MODULES[0] else f"{_shape(x)} of {MODULES[MODULES.index(name) - 1]}"
+            try:
+                answer = call(tried[name], x, lens)
+            except Exception as error:  # other people's code
+                raise InputError(f"{given} cannot take the {taken}: {type(error).__name__}: {error}") from error
+            _check_shape(name, given, answer, n_classes)
+            if name == MODULES[0]:
+                lens = _feature_lens(tried[name], x, lens)
+            x = answer
+    least, most = x.min().item(), x.max().item()
+    if not (least >= -ROUNDING and most <= 1 + ROUNDING):
+        raise InputError(
+            f"{given} gives {least:.3g} to {most:.3g} where probabilities in [0, 1] are wanted; if these are logits, add a sigmoid"
+        )
+
+
+def _shape(x: Any) -> str:
+    return str(list(x.shape)) if isinstance(x, Tensor) else f"{type(x).__name__} of {', '.join(map(_shape, x))}"
+
+
+def _check_shape(name: str, given: str, answer: Any, n_classes: int) -> None:
+    parts = answer if isinstance(answer, tuple) and name == "embedding_model" else (answer,)
+    dims = {"embedding_model": (3, 4), "classifier": (2,)}.get(name, (3,))
+    for part in parts:
+        if not (isinstance(part, Tensor) and part.dim() in dims and len(part) == 2 and part.is_floating_point()):
+            what = _shape(part) if isinstance(part, Tensor) else f"a {type(part).__name__}"
+            raise InputError(f"{given} gives {what} for a batch of 2, where {SHAPES[name]} is wanted")
+    if name == "classifier" and answer.shape[1] != n_classes:
+        raise InputError(f"{given} gives {answer.shape[1]} classes, but n_classes is {n_classes}")
+
+
+def attribute(module: Any, name: str, *front_end: nn.Module) -> Any:
+    """What `!ref <module.name>` stands for in a YAML file: a number or a text; `out_channels` of an encoder is measured if need be.
+
+    Arguments
+    ---------
+    front_end
+        `compute_features` and `mean_var_norm`, if `module` is the encoder.
+
+    Raises
+    ------
+    InputError
+        There is no such attribute.
+    """
+    value = None if name.startswith("_") else getattr(module, name, None)
+    if value is None and name == "out_channels" and front_end:
+        modules = dict(zip(MODULES, (*front_end, module), strict=False))
+        with _trying(modules) as tried:
+            feats, lens = features(tried, _noise(1, 2 * getattr(front_end[0], "sample_rate", 16000)))
+            value = call(tried["embedding_model"], feats, lens).shape[1]
+    if not isinstance(value, bool | int | float | str):
+        raise InputError(f"{type(module).__qualname__} has no number or text '{name}' to refer to; write the value itself")
+    return value
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+
+
+def frame_shift(compute_features: Any, sample_rate: int) -> int:
+    """Samples from a frame of the features to the next: an attribute of that name, or measured.
+
+    Raises
+    ------
+    InputError
+        The front end gives as many frames for a clip of any length, and does not say.
+
+    Example
+    -------
+    >>> from speechbrain.lobes.features import Fbank
+    >>> frame_shift(Fbank(hop_length=20), sample_rate=16000)
+    320
+    """
+    shift = getattr(compute_features, "frame_shift", None)
+    if shift is not None:
+        return shift
+    device = _device_of(compute_features)
+    with torch.no_grad():
+        one, two = (call(compute_features, torch.zeros(1, seconds * sample_rate, device=device)).shape[1] for seconds in (1, 2))
+    if one == two:
+        raise InputError(
+            f"compute_features ({type(compute_features).__qualname__}) gives {one} frames for a clip of any length: "
+            "only an attribute frame_shift, in samples, could say when a frame is"
+        )
+    return round(sample_rate / (two - one))
+
+
+def frames_per_step(encoder: nn.Module, n_frames: int, n_mels: int) -> int | None:
+    """Frames from a step of the feature map to the next: an attribute of the encoder, or measured in evaluation mode.
+
+    Arguments
+    ---------
+    n_frames, n_mels
+        Of features that the encoder takes.
+
+    Returns
+    -------
+    int or None
+        None, if the encoder gives as many steps whatever the length.
+
+    Example
+    -------
+    >>> class Encoder(nn.Conv1d):
+    ...     def forward(self, feats):
+    ...         return super().forward(feats.transpose(1, 2))
+    >>> frames_per_step(Encoder(64, 8, kernel_size=9, stride=4), n_frames=200, n_mels=64)
+    4
+    """
+    if hasattr(encoder, "members"):
+        # an ensemble's feature maps are brought to the finest of its members' steps
+        found = [frames_per_step(member, n_frames, n_mels) for member in encoder.members]
+        return min((frames for frames in found if frames is not None), default=None)
+    for part in encoder.modules():
+        if hasattr(part, "frames_per_step"):
+            return part.frames_per_step
+    device = _device_of(encoder)
+
+    def n_steps(length: int) -> int:
+        answer = call(encoder, torch.zeros(1, length, n_mels, device=device), torch.ones(1, device=device))
+        return answer.shape[-1]
+
+    with torch.no_grad():
+        steps = n_steps(n_frames)
+        # the longer, the less it matters how the ends are rounded; some encoders take no more than they were trained on
+        for other in (n_frames + 4096, n_frames // 2):
+            try:
+                difference = n_steps(other) - steps
+            except Exception:
+                continue
+            return round((other - n_frames) / difference) if difference else None
+    return round(n_frames / steps) if steps > 1 else None
