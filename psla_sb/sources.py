@@ -61,7 +61,8 @@ class Source:
             return None
         try:
             run = ruamel.yaml.YAML().load(self.hparams_file.read_text(encoding="utf-8"))
-            return run["embedding_model"].get("padding", "tensorflow")
+            encoder = run["embedding_model"]
+            return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
         except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.hparams_file}: does not define an embedding_model ({error!r})") from None
 
