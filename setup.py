@@ -40,11 +40,12 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "psla-tag = psla_sb.cli:tag",
-            "psla-export = psla_sb.cli:export",
-            "psla-import = psla_sb.cli:import_checkpoint",
-            "psla-pack = psla_sb.cli:pack",
-            "psla-demo = psla_sb.cli:demo",
+            "psla-tag = psla_sb.cli.tag:tag",
+            "psla-export = psla_sb.cli.export:export",
+            "psla-import = psla_sb.cli.import_psla:import_checkpoint",
+            "psla-pack = psla_sb.cli.pack:pack",
+            "psla-ontology = psla_sb.cli.ontology:ontology",
+            "psla-demo = psla_sb.cli.demo:demo",
         ]
     },
 )

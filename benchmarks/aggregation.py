@@ -20,9 +20,9 @@ import ruamel.yaml
 import soundfile
 import torch
 
-from psla_sb.aggregation import score
+from psla_sb.aggregation.scoring import score
+from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.export import write_tagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import n_frames_of

@@ -19,9 +19,10 @@ import pyarrow.csv
 from numpy.lib.format import open_memmap
 
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.labels.enhancement import IDS, SCORES, enhance_annotation
+from psla_sb.labels.enhancement import enhance_annotation
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.report import added_labels
+from psla_sb.labels.teacher_scores import IDS, SCORES
 from psla_sb.labels.vocabulary import Vocabulary
 
 ROWS = 20_000

@@ -11,7 +11,7 @@ import torch
 from efficientnet_pytorch import EfficientNet
 from torchaudio.compliance.kaldi import fbank
 
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.pooling import AttentionPooling

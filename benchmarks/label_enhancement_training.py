@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from psla_sb.brain import read_results
-from psla_sb.dataio.mini import write_mini_audioset
+from psla_sb.checkpoints.run_folder import read_results
+from psla_sb.prepare.mini_audioset import write_mini_audioset
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "AudioSet"
 sys.path.insert(0, str(RECIPE))

@@ -23,12 +23,12 @@ from torchaudio.transforms import FrequencyMasking, TimeMasking
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.mini_sounds import SOUNDS, synthesise
-from psla_sb.dataio.packing import pack
-from psla_sb.dataio.resample import FORMATS
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.lobes.features import n_samples_for
+from psla_sb.prepare.copies import FORMATS
+from psla_sb.prepare.mini_sounds import SOUNDS, synthesise
+from psla_sb.prepare.packing import pack
 
 RATE, SECONDS, N_FRAMES, N_CLASSES, MIXUP_RATE = 16000, 10, 1056, 527, 0.5
 ONE_WORKER = {"num_workers": 1, "persistent_workers": True}

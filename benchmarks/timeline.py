@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from psla_sb.dataio.mini_sounds import synthesise
+from psla_sb.prepare.mini_sounds import synthesise
 
 RATE, EVERY, LENGTH = 16000, 10.0, 2.0
 
@@ -37,7 +37,7 @@ def write_recording(path, minutes, names, seed=0):
 
 def measure(model, path, known, hop, threshold, queue):
     """Puts seconds, peak memory in MB, and the errors of the onsets in seconds, infinite for events that were not found."""
-    from psla_sb.inference import AudioTagger
+    from psla_sb.inference.tagger import AudioTagger
 
     tagger = AudioTagger.from_folder(model, run_opts={"device": "cpu"})
     begin = time.perf_counter()

@@ -17,9 +17,10 @@ import soundfile
 
 from psla_sb.dataio.audio import AUDIO_SUFFIXES, read_blocks
 from psla_sb.errors import InputError
-from psla_sb.inference import Tag
+from psla_sb.inference.tagger import Tag
+from psla_sb.inference.timeline import Timeline, events
 from psla_sb.lobes.features import n_frames_of
-from psla_sb.timeline import Timeline, events, overview
+from psla_sb.plots.recording import overview
 
 WINDOW, HOP = 10.0, 1.0  # in seconds, of the timeline
 N_CLASSES, THRESHOLD = 8, 0.5  # what the page begins with
@@ -56,7 +57,7 @@ class Heard(NamedTuple):
 
     `tags` are all classes, best first: of the clip as a whole (`AudioTagger.tag_file`) if `whole`; otherwise, since the recording
     is longer than what the model hears at a time, each class with its highest score along the `timeline`, which is None for a model
-    that says no times. `extremes`, `energies` and `column` are those of `psla_sb.timeline.overview`; `seconds` is its duration.
+    that says no times. `extremes`, `energies` and `column` are those of `plots.recording.overview`; `seconds` is its duration.
 
     Example
     -------
@@ -176,7 +177,7 @@ def note(heard):
 
 
 def picture(heard, n_classes):
-    """Draws waveform, spectrogram and timeline on one time axis; see `psla_sb.plots.recording`.
+    """Draws waveform, spectrogram and timeline on one time axis; see `psla_sb.plots.recording.recording`.
 
     Returns
     -------
@@ -185,7 +186,7 @@ def picture(heard, n_classes):
     """
     from PIL import Image  # comes with matplotlib, which is imported only to draw
 
-    from psla_sb.plots import recording
+    from psla_sb.plots.recording import recording
 
     with tempfile.TemporaryDirectory() as folder:
         drawn = Path(folder) / "recording.png"

@@ -20,3 +20,15 @@ class InputError(ValueError):
     def __init__(self, message=""):
         # a message quotes its input, of which a cell may have megabytes
         super().__init__(message if len(message) <= 2 * KEPT else f"{message[:KEPT]} [...] {message[-KEPT:]}")
+
+
+class Interrupted(BaseException):
+    """A run has saved its state and stopped, because it was asked to.
+
+    Example
+    -------
+    >>> raise Interrupted
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.Interrupted
+    """

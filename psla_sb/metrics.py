@@ -307,3 +307,6 @@ def _summarize(scores, targets, ap, auc):
 def _mean_of_defined(values):
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
+
+
+FIGURES = ("mAP", "mAUC", "d_prime")

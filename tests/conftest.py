@@ -10,7 +10,7 @@ from runs import TINY, TRAIN, command, run
 @pytest.fixture(scope="session")
 def mini_data(tmp_path_factory):
     """The folder of the tiny embedded data set; runs that are given it find it written."""
-    from psla_sb.dataio.mini import write_mini_audioset
+    from psla_sb.prepare.mini_audioset import write_mini_audioset
 
     folder = tmp_path_factory.mktemp("mini")
     write_mini_audioset(folder, n_train=TINY["n_train"], n_eval=TINY["n_eval"], seconds=TINY["seconds"])
@@ -31,12 +31,12 @@ def lively_runs(tiny_run, mini_data, tmp_path_factory):
     import torch
     import yaml
 
-    from psla_sb.aggregation import update_batch_norm
-    from psla_sb.brain import write_results
-    from psla_sb.checkpoints import save_weights, snapshot_path, trained_modules
+    from psla_sb.aggregation.averaging import update_batch_norm
+    from psla_sb.checkpoints.run_folder import snapshot_path, write_results
+    from psla_sb.checkpoints.weights import save_weights, trained_modules
     from psla_sb.dataio.dataset import clip_loader
     from psla_sb.dataio.manifest import Manifest
-    from psla_sb.inference import AudioTagger
+    from psla_sb.inference.tagger import AudioTagger
 
     tiny, root = tiny_run[0], tmp_path_factory.mktemp("lively")
     clips = Manifest.from_csv(tiny / "train.csv", mini_data)

@@ -26,7 +26,7 @@ TINY = {
 }
 # Its children have everything imported: a tiny run takes a third of the time that it takes from the command line.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["psla_sb.experiment", "psla_sb.plots"])
+SERVER.set_forkserver_preload(["psla_sb.experiment.train", "psla_sb.plots.training"])
 
 
 def command(script, *arguments, **overrides):
@@ -53,7 +53,7 @@ def _main(argv, log, env, at):
     sys.path.insert(0, str(Path(argv[1]).parent))
     import torch
 
-    from psla_sb.experiment import main
+    from psla_sb.experiment.train import main
 
     torch.set_num_threads(1)
     if at is not None:
@@ -117,10 +117,10 @@ def _bytes(path):
 
 
 def score_slowly(seconds, *args):
-    """`psla_sb.aggregation.score` on one thread, with a note of how far it has come after each batch, and a pause before it."""
+    """`score` on one thread, with a note of how far it has come after each batch, and a pause before it."""
     import torch
 
-    from psla_sb import aggregation
+    from psla_sb.aggregation import scoring as aggregation
 
     torch.set_num_threads(1)
     aggregation.BATCHES_AT_ONCE, check = 1, aggregation.check_audio

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from psla_sb.export import label_encoder
-from psla_sb.inference import AudioTagger
+from psla_sb.checkpoints.tagger_folder import label_encoder
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 

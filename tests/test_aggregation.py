@@ -16,23 +16,28 @@ import torch
 from speechbrain import Stage
 from torch import nn
 
-from psla_sb import aggregation, interop, sources
-from psla_sb.aggregation import average_weights, score, update_batch_norm
-from psla_sb.brain import TaggingBrain
-from psla_sb.checkpoints import UNFINISHED, load_weights, save_weights, snapshot_path
+from psla_sb.aggregation import scoring as aggregation
+from psla_sb.aggregation.averaging import average_weights, update_batch_norm
+from psla_sb.aggregation.scoring import score
+from psla_sb.checkpoints import psla as interop
+from psla_sb.checkpoints import sources
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import load_weights, save_weights
 from psla_sb.dataio import dataset
 from psla_sb.dataio.dataset import TaggingDataset, clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
+from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.files import UNFINISHED
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.label_sets import LabelSets
+from psla_sb.labels.teacher_scores import open_scores, stamp
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.augment import WaveformMixup
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
 from psla_sb.lobes.features import KaldiFbank, n_samples_for
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-from psla_sb.score_files import open_scores, stamp
 from runs import SERVER, score_slowly
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 
 
 @pytest.fixture(scope="module")

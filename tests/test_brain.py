@@ -8,7 +8,7 @@ from speechbrain import Stage
 from torch import nn
 from torch.nn import functional as F
 
-from psla_sb.brain import TaggingBrain
+from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.lobes.augment import SpecAugment, WaveformMixup
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 

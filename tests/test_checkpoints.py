@@ -6,8 +6,10 @@ import pytest
 import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
-from psla_sb.checkpoints import AtomicCheckpointer, atomic_write, load_into, load_module, load_weights, save_weights
+from psla_sb.checkpoints.checkpointer import AtomicCheckpointer
+from psla_sb.checkpoints.weights import load_into, load_module, load_weights, save_weights
 from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
 
 
 class Recoverable:

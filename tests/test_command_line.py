@@ -13,10 +13,10 @@ import soundfile
 import torch
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb import brain, ensemble, evaluation, experiment
-from psla_sb.command_line import REQUIRED_KEYS, CommandLine, load_hparams
 from psla_sb.errors import InputError
-from psla_sb.experiment import main
+from psla_sb.experiment import aggregate, brain, evaluation, train
+from psla_sb.experiment.hparams import REQUIRED_KEYS, CommandLine, load_hparams
+from psla_sb.experiment.train import main
 from runs import REPOSITORY, TINY, TRAIN, command, run
 
 MINI = TRAIN.parent / "hparams" / "mini.yaml"
@@ -78,16 +78,16 @@ def test_every_key_can_be_overridden(path):
     """argparse would take a key that begins an option's name for that option: `--optimizer` for `--optimizer_step_limit`."""
     keys = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
     assert set(keys) & set(RunOptions().keys()) <= {"max_grad_norm"}
-    assert set(keys) >= set(ensemble.REQUIRED_KEYS if path.stem == "aggregate" else REQUIRED_KEYS)
+    assert set(keys) >= set(aggregate.REQUIRED_KEYS if path.stem == "aggregate" else REQUIRED_KEYS)
     keys.pop("max_grad_norm", None)
     assert overrides(*(f"--{key}=1" for key in keys)) == dict.fromkeys(keys, 1)
 
 
 def test_all_keys_that_are_used_are_looked_for_first():
-    source = "".join(map(inspect.getsource, (experiment, brain, evaluation)))
+    source = "".join(map(inspect.getsource, (train, brain, evaluation)))
     optional = {"pretrained_tagger", "teacher_scores"}
     assert set(re.findall(r'hparams(?:\["|\.(?!get\b))(\w+)', source)) - optional <= set(REQUIRED_KEYS)
-    assert set(re.findall(r'hparams\["(\w+)', inspect.getsource(ensemble))) == set(ensemble.REQUIRED_KEYS)
+    assert set(re.findall(r'hparams\["(\w+)', inspect.getsource(aggregate))) == set(aggregate.REQUIRED_KEYS)
 
 
 @pytest.mark.parametrize("key", REQUIRED_KEYS)

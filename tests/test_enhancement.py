@@ -17,11 +17,11 @@ from psla_sb.labels.enhancement import (
     enhance,
     enhance_annotation,
     enhance_labels,
-    read_scores,
 )
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.report import added_labels
+from psla_sb.labels.teacher_scores import read_scores
 from psla_sb.labels.vocabulary import Vocabulary
 
 

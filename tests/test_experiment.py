@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from psla_sb.experiment import check_weight_file, train_batches
+from psla_sb.experiment.train import check_weight_file, train_batches
 from psla_sb.labels.label_sets import LabelSets
 
 WEIGHTS = np.array([145.43105297320756, 101.1179013620293, 315.81146550357835])

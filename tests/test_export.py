@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from psla_sb import onnx_export
-from psla_sb.cli import export
+from psla_sb.cli.export.export.export import export
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
+from psla_sb.inference import onnx_export
+from psla_sb.inference.onnx_export import export_onnx
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import KaldiFbank
-from psla_sb.onnx_export import export_onnx
 
 
 def status_of(*arguments):
@@ -75,7 +75,7 @@ def test_onnx_is_compared_with_pytorch_before_it_is_written(tiny_run, tmp_path, 
     pytest.importorskip("onnxruntime")
     tagger = sensitive_tagger(tiny_run[0] / "tagger")
     assert export_onnx(tagger, tmp_path / "right" / "model.onnx") < 1e-4
-    monkeypatch.setattr("psla_sb.onnx_export.ENERGY_FLOOR", 1e6)
+    monkeypatch.setattr("psla_sb.inference.onnx_export.ENERGY_FLOOR", 1e6)
     with pytest.raises(InputError, match="differ from PyTorch"):
         export_onnx(tagger, tmp_path / "wrong" / "model.onnx")
     assert not list((tmp_path / "wrong").iterdir())

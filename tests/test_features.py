@@ -7,15 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchaudio.compliance.kaldi import fbank
 
-from psla_sb.lobes.features import (
-    GlobalNorm,
-    KaldiFbank,
-    full_float32,
-    n_frames_of,
-    n_samples_for,
-    remove_mean,
-    true_lengths,
-)
+from psla_sb.lobes.features import GlobalNorm, KaldiFbank, full_float32, n_frames_of, n_samples_for, remove_mean, true_lengths
 
 # [::37, ::5] of the published code's features of published_clip(0) and (1), of these its rows 0, 2, 4, 8 and columns 0, 11, 25
 PUBLISHED = [

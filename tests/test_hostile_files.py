@@ -14,17 +14,17 @@ import torch
 from speechbrain.utils.checkpoints import Checkpointer
 
 from audioset_prepare import find_clips, write_clips
-from psla_sb.aggregation import score
-from psla_sb.brain import read_results
-from psla_sb.checkpoints import AtomicCheckpointer, load_module, load_weights
+from psla_sb.aggregation.scoring import score
+from psla_sb.checkpoints.checkpointer import AtomicCheckpointer
+from psla_sb.checkpoints.run_folder import read_results
+from psla_sb.checkpoints.weights import load_module, load_weights
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.labels.enhancement import read_scores
 from psla_sb.labels.ontology import Ontology
+from psla_sb.labels.teacher_scores import open_scores, read_scores, stamp
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
-from psla_sb.score_files import open_scores, stamp
 from runs import REPOSITORY
 
 

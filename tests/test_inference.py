@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.fetching import FetchConfig
 
-from psla_sb.checkpoints import load_weights
-from psla_sb.cli import export, tag
+from psla_sb.checkpoints.weights import load_weights
+from psla_sb.cli.export.export.export import export
+from psla_sb.cli.tag.tag.tag import tag
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.demo import listen
-from psla_sb.embedding import step_vectors
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.encoder import step_vectors
+from psla_sb.inference.tagger import AudioTagger
 
 
 @pytest.fixture

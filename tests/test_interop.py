@@ -10,16 +10,16 @@ from efficientnet_pytorch import EfficientNet
 from safetensors.torch import save_file
 from torch import nn
 
-from psla_sb.checkpoints import load_into, load_weights, save_weights
-from psla_sb.cli import import_checkpoint as main
+from psla_sb.checkpoints.psla import load_psla_checkpoint, save_psla_checkpoint
+from psla_sb.checkpoints.sources import Published, load_pretrained_tagger
+from psla_sb.checkpoints.weights import load_into, load_weights, save_weights
+from psla_sb.cli.import_psla import import_checkpoint as main
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
-from psla_sb.interop import load_psla_checkpoint, save_psla_checkpoint
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-from psla_sb.sources import Published, load_pretrained_tagger
 
 # What the published code gave for clips 0 and 1 through state_dict("b0", 4, 200): the probabilities of every tenth class.
 # fmt: off

@@ -9,8 +9,8 @@ import pytest
 
 from audioset_prepare import prepare_audioset
 from psla_sb.dataio import metadata
-from psla_sb.dataio.metadata import OFFICIAL, fetch_metadata
 from psla_sb.errors import InputError
+from psla_sb.prepare.official_files import OFFICIAL, fetch_metadata
 
 CONTENT = b"index,mid,display_name\n0,/m/09x0r,Speech\n"
 

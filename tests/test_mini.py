@@ -15,9 +15,9 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from psla_sb.dataio.mini import LEAVES, main, write_mini_audioset
-from psla_sb.dataio.mini_sounds import SOUNDS, coloured_noise, synthesise
 from psla_sb.errors import InputError
+from psla_sb.prepare.mini_audioset import LEAVES, main, write_mini_audioset
+from psla_sb.prepare.mini_sounds import SOUNDS, coloured_noise, synthesise
 
 SIZE = {"n_train": 500, "n_eval": 100, "seconds": 0.5}
 FEW = {"n_train": 200, "n_eval": 20, "seconds": 0.5}

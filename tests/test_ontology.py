@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psla_sb.cli.ontology import ontology as main
 from psla_sb.errors import InputError
-from psla_sb.labels.ontology import Ontology, main
+from psla_sb.labels.ontology import Ontology
 
 
 def entry(mid, children="", restrictions=()):
@@ -135,7 +137,7 @@ def test_tree_shows_everything_and_the_counts_of_an_annotation(tmp_path, capsys)
 
 
 def test_command_line_fails_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "psla_sb.labels.ontology", str(tmp_path / "none.json")]
+    command = [Path(sys.executable).with_name("psla-ontology"), str(tmp_path / "none.json")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "none.json" in done.stderr

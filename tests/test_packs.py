@@ -19,13 +19,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psla_sb import cli
+from psla_sb.cli.pack import pack
+from psla_sb.cli.tag import tag
 from psla_sb.dataio import packing, packs
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 from runs import SERVER, TRAIN, command, differences, finish
 
 RATE = 16000
@@ -78,7 +79,7 @@ def paths_in(packed):
 
 def status_of(*arguments):
     try:
-        cli.pack([str(argument) for argument in arguments])
+        pack([str(argument) for argument in arguments])
     except SystemExit as end:
         return 0 if end.code is None else end.code
     return 0
@@ -522,7 +523,7 @@ def test_packs_work_where_files_do(tiny_run, mini_data, packed_run, tmp_path, ca
     for path in (file, place):
         picture = tmp_path / "a.png"
         with pytest.raises(SystemExit) as end:
-            cli.tag([path, "--model", str(tiny_run[0] / "tagger"), "--timeline", "--plot", str(picture), "--format", "csv"])
+            tag([path, "--model", str(tiny_run[0] / "tagger"), "--timeline", "--plot", str(picture), "--format", "csv"])
         assert end.value.code == 0
         assert picture.read_bytes().startswith(b"\x89PNG")
         answers.append(capsys.readouterr().out.replace(path, ""))

@@ -13,25 +13,18 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from psla_sb.brain import prediction_path, write_results
+from psla_sb.checkpoints.run_folder import prediction_path, write_results
 from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.inference.timeline import Timeline
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import KaldiFbank
 from psla_sb.metrics import average_precision
-from psla_sb.plots import (
-    PAGE_WIDTH,
-    STYLE,
-    class_ap,
-    ensemble_curve,
-    example_clips,
-    label_changes,
-    page,
-    recording,
-    training_curves,
-    write_pictures,
-)
-from psla_sb.timeline import Timeline
+from psla_sb.plots.enhancement import label_changes
+from psla_sb.plots.ensemble import ensemble_curve
+from psla_sb.plots.page.page.page import PAGE_WIDTH, STYLE, page
+from psla_sb.plots.recording import recording
+from psla_sb.plots.training import class_ap, example_clips, training_curves, write_pictures
 
 LONGEST = "Livestock, farm animals, working animals"  # of AudioSet's names
 DPI = STYLE["figure.dpi"]
@@ -317,7 +310,7 @@ def test_pictures_of_a_run(tmp_path, monkeypatch):
     for function in (training_curves, class_ap, example_clips):
         name = function.__name__
         monkeypatch.setattr(
-            f"psla_sb.plots.{name}", lambda *args, name=name, real=function: calls.update({name: args}) or real(*args)
+            f"psla_sb.plots.training.{name}", lambda *args, name=name, real=function: calls.update({name: args}) or real(*args)
         )
     brain = SimpleNamespace(device="cpu", hparams=hparams)
     write_pictures(brain, dataset, "test", vocabulary, manifest.label_sets(vocabulary))

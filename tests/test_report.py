@@ -7,16 +7,7 @@ from test_enhancement import CHAIN, make_ontology, make_vocabulary, random_case
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.labels.enhancement import candidate_matrix, class_thresholds, enhance
 from psla_sb.labels.label_sets import LabelSets
-from psla_sb.labels.report import (
-    added_labels,
-    audit,
-    audit_table,
-    class_table,
-    clip_table,
-    mended,
-    mended_by_chance,
-    pair_table,
-)
+from psla_sb.labels.report import added_labels, audit, audit_table, class_table, clip_table, mended, mended_by_chance, pair_table
 
 
 def test_added_labels_and_mended_count_pairs():

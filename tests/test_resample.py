@@ -12,10 +12,10 @@ import pytest
 import soundfile
 import torch
 
-from psla_sb.checkpoints import one_process
 from psla_sb.dataio.audio import read_audio
-from psla_sb.dataio.resample import resample_clip, resample_clips
 from psla_sb.errors import InputError
+from psla_sb.files import one_process
+from psla_sb.prepare.copies import resample_clip, resample_clips
 from runs import SERVER
 
 

@@ -8,7 +8,7 @@ import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.lobes.features import Fbank
 
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 from runs import REPOSITORY
 
 

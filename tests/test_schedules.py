@@ -8,7 +8,7 @@ from hyperpyyaml import load_hyperpyyaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psla_sb.schedules import WarmupDecayScheduler
+from psla_sb.experiment.schedules import WarmupDecayScheduler
 
 
 def optimizer_with(lr=1.0, n_groups=1):
@@ -106,7 +106,7 @@ def test_resumes_from_the_optimizer_alone(cut, warmup_steps, warmup_interval, st
 
 def test_from_yaml():
     hparams = load_hyperpyyaml(
-        "schedule: !new:psla_sb.schedules.WarmupDecayScheduler\n  lr: 0.001\n  decay_start: 35\n  decay_factor: 0.5\n"
+        "schedule: !new:psla_sb.experiment.schedules.WarmupDecayScheduler\n  lr: 0.001\n  decay_start: 35\n  decay_factor: 0.5\n"
     )
     optimizer = optimizer_with()
     hparams["schedule"].on_step(optimizer, 500)

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
+from psla_sb.dataio.windows import overlapped, windows
 from psla_sb.errors import InputError
-from psla_sb.timeline import Timeline, events, overlapped, overview, windows
+from psla_sb.inference.timeline import Timeline, events
+from psla_sb.plots.recording import overview
 from stubs import band_tagger
 
 RATE = 44100

@@ -9,13 +9,13 @@ import torch
 from speechbrain import Stage
 from torch import nn
 
-from psla_sb.brain import TaggingBrain
 from psla_sb.errors import InputError
+from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment.schedules import WarmupDecayScheduler
 from psla_sb.lobes.augment import SpecAugment, WaveformMixup
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.pooling import MeanPooling
-from psla_sb.schedules import WarmupDecayScheduler
 
 
 class Batch(SimpleNamespace):

@@ -1,0 +1,1 @@
+"""From annotations and sound files to batches."""

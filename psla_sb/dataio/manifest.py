@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from psla_sb.checkpoints import atomic_write
 from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
 from psla_sb.labels.label_sets import LabelSets
 
 COLUMNS = {"ID": pa.string(), "wav": pa.string(), "duration": pa.float64(), "labels": pa.string()}

@@ -1,0 +1,1 @@
+"""The L of PSLA: classes, their relations, and labels that annotators left out."""

@@ -11,23 +11,17 @@ millions of clips; `enhance_annotation` is what a recipe's YAML file names. What
 """
 
 import mmap
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
 from scipy.sparse import csr_array
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.errors import InputError
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
+from psla_sb.labels.teacher_scores import read_scores
 
 logger = get_logger(__name__)
-
-# In a folder of scores: the scores, and the clips that their rows are of.
-SCORES, IDS = "scores.npy", "ids.csv"
-
 # Human voice, Crash cymbal, Human group actions, Respiratory sounds, Domestic sounds: what carries one of these is left as it
 # is, as in the published system. They are classes of FSD50K, not of AudioSet.
 NEVER_GENERATE = ("/m/09l8g", "/m/0bm0k", "/t/dd00012", "/m/09hlz4", "/t/dd00071")
@@ -349,56 +343,6 @@ def warn_of_classes_without_clips(label_sets, vocabulary):
     names = [vocabulary.names[c] for c in np.flatnonzero(label_sets.counts(len(vocabulary)) == 0)]
     if names:
         logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(names), "; ".join(names))
-
-
-def read_scores(path):
-    """A teacher's scores and the IDs of the clips that they are of.
-
-    Arguments
-    ---------
-    path : str or Path
-        A folder with `scores.npy`, floating-point `[clips, classes]`, or another such file. In the same folder is `ids.csv`,
-        whose column `ID` (others do not matter) has the clip of each row.
-
-    Returns
-    -------
-    scores : numpy.memmap [rows, classes]
-    ids : pyarrow.ChunkedArray [rows]
-    source : Path
-        The file of scores.
-
-    Raises
-    ------
-    InputError
-        A file is missing or broken, or there are not as many IDs as rows.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> np.save(folder / "scores.npy", np.array([[0.1, 0.9]], dtype=np.float16))
-    >>> _ = (folder / "ids.csv").write_text("ID\\na\\n")
-    >>> scores, ids, source = read_scores(folder)
-    >>> scores.shape, ids.to_pylist(), source.name
-    ((1, 2), ['a'], 'scores.npy')
-    """
-    source = Path(path) / SCORES if Path(path).is_dir() else Path(path)
-    try:
-        scores = np.load(source, mmap_mode="r")
-    except FileNotFoundError:
-        raise InputError(f"{source}: no such file of a teacher's scores; the recipe's enhance_labels.py writes them") from None
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{source}: not a whole .npy file of numbers ({error})") from None
-    file = source.with_name(IDS)
-    try:
-        options = pyarrow.csv.ConvertOptions(column_types={"ID": pa.string()}, include_columns=["ID"], strings_can_be_null=False)
-        ids = pyarrow.csv.read_csv(file, convert_options=options)["ID"]
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; it says in a column 'ID' which clips the rows of {source.name} are of") from None
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise InputError(f"{file}: not a CSV file with a column 'ID' ({error})") from None
-    if scores.ndim != 2 or len(ids) != len(scores):
-        raise InputError(f"{file} has {len(ids)} IDs for the scores in {source.name}, whose shape is {list(scores.shape)}")
-    return scores, ids, source
 
 
 def _average(kind):

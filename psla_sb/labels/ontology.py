@@ -4,10 +4,8 @@
 given too.
 """
 
-import argparse
 import graphlib
 import json
-import sys
 
 from psla_sb.errors import InputError
 
@@ -209,48 +207,3 @@ class Ontology:
             lines.append("    " * depth + "  ".join(fields))
             waiting += [(depth + 1, child) for child in reversed(self._child_ids[mid])]
         return "\n".join(lines)
-
-
-def main(argv=None):
-    """Print an ontology as a tree; the command line of this module.
-
-    Arguments
-    ---------
-    argv : list of str, optional
-        Arguments instead of the command line's.
-
-    Example
-    -------
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "ontology.json"
-    >>> _ = path.write_text('[{"id": "/m/09x0r", "name": "Speech", "child_ids": []}]')
-    >>> main([str(path)])
-    Speech  /m/09x0r
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m psla_sb.labels.ontology", description="Print an ontology as a tree.", allow_abbrev=False
-    )
-    parser.add_argument("ontology", help="AudioSet's ontology.json")
-    parser.add_argument("--annotation", help="annotation CSV (ID,wav,duration,labels) whose clips are counted")
-    parser.add_argument("--labels", help="class list (class_labels_indices.csv) of the annotation")
-    args = parser.parse_args(argv)
-    if (args.annotation is None) != (args.labels is None):
-        parser.error("--annotation and --labels belong together")
-    try:
-        ontology, counts = Ontology.from_json(args.ontology), None
-        if args.annotation:
-            # Only counting needs these, and reading annotations takes seconds to import.
-            from psla_sb.dataio.manifest import Manifest
-            from psla_sb.labels.vocabulary import Vocabulary
-
-            vocabulary = Vocabulary.from_csv(args.labels)
-            label_sets = Manifest.from_csv(args.annotation).label_sets(vocabulary)
-            counts = dict(zip(vocabulary.mids, label_sets.counts(len(vocabulary)).tolist(), strict=True))
-        print(ontology.tree(counts))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    main()

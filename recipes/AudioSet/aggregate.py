@@ -7,7 +7,7 @@ README.md in this folder, section "Aggregation", says what each way is for. Ever
 `--KEY=VALUE`.
 """
 
-from psla_sb.ensemble import main
+from psla_sb.experiment.aggregate import main
 
 if __name__ == "__main__":
     main(__file__)

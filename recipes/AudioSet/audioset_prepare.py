@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from psla_sb.dataio.audio import AUDIO_SUFFIXES
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.metadata import fetch_metadata
-from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
-from psla_sb.dataio.resample import ending_of, resample_clips
 from psla_sb.errors import InputError
+from psla_sb.prepare.annotations import are_made, in_annotation, origin, write_annotation
+from psla_sb.prepare.copies import ending_of, resample_clips
+from psla_sb.prepare.official_files import fetch_metadata
 
 logger = get_logger(__name__)
 
@@ -63,7 +63,7 @@ def prepare_audioset(
     sample_rate : int
         Of the copies, in Hz.
     resampled_format : str
-        Of the copies: "flac" or "wav", see `psla_sb.dataio.resample.ending_of`.
+        Of the copies: "flac" or "wav", see `psla_sb.prepare.copies.ending_of`.
 
     Raises
     ------
@@ -72,7 +72,7 @@ def prepare_audioset(
 
     Example
     -------
-    >>> from psla_sb.dataio.mini import write_mini_audioset
+    >>> from psla_sb.prepare.mini_audioset import write_mini_audioset
     >>> folder = getfixture("tmp_path")
     >>> _ = write_mini_audioset(folder, n_train=4, n_eval=2, seconds=0.5)
     >>> prepare_audioset(
@@ -200,7 +200,7 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
     copies : (Path, int, str) or ()
         The folder, sample rate and ending of copies of the clips.
     made_from : str
-        See `psla_sb.dataio.preparation.origin`.
+        See `psla_sb.prepare.annotations.origin`.
 
     Raises
     ------

@@ -12,7 +12,7 @@ from pyarrow import compute as pc
 from audioset_prepare import read_segments
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.relabel import main
+from psla_sb.experiment.enhance_labels import main
 
 
 def read_labels(path):

@@ -7,7 +7,7 @@ README.md in this folder says what has to be in the data folder. `--help` lists 
 key of the YAML file can be overridden by `--KEY=VALUE`.
 """
 
-from psla_sb.experiment import main
+from psla_sb.experiment.train import main
 
 if __name__ == "__main__":
     main(__file__)

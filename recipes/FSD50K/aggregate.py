@@ -7,7 +7,7 @@
 README.md in this folder, section "Aggregation", says more. Every key of the YAML file can be overridden by `--KEY=VALUE`.
 """
 
-from psla_sb.ensemble import main
+from psla_sb.experiment.aggregate import main
 
 if __name__ == "__main__":
     main(__file__)

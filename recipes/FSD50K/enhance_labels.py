@@ -6,7 +6,7 @@
 README.md in this folder has a section on it; `--help` lists the options. `ontology.json` must be in the data folder.
 """
 
-from psla_sb.relabel import main
+from psla_sb.experiment.enhance_labels import main
 
 if __name__ == "__main__":
     main(__file__)

@@ -14,12 +14,12 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from speechbrain.utils.logger import get_logger
 
-from psla_sb.checkpoints import atomic_write
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.preparation import are_made, in_annotation, origin, write_annotation
-from psla_sb.dataio.resample import ending_of, resample_clips
 from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.prepare.annotations import are_made, in_annotation, origin, write_annotation
+from psla_sb.prepare.copies import ending_of, resample_clips
 
 logger = get_logger(__name__)
 
@@ -46,7 +46,7 @@ def prepare_fsd50k(
     """Writes the class list, 16-bit mono copies of all clips, the three annotations, and beside each a list of the clips
     that it had to leave out.
 
-    Copies that are there are kept, see `psla_sb.dataio.resample.resample_clips`; killed, the same call goes on. Nothing but the
+    Copies that are there are kept, see `psla_sb.prepare.copies.resample_clips`; killed, the same call goes on. Nothing but the
     class list is written if the annotations are there and were made from the same ground truth; delete them to look for clips
     again.
 
@@ -67,7 +67,7 @@ def prepare_fsd50k(
     n_workers : int, optional
         Processes that resample, by default as many as there are cores.
     resampled_format : str
-        Of the copies: "flac" or "wav", see `psla_sb.dataio.resample.ending_of`.
+        Of the copies: "flac" or "wav", see `psla_sb.prepare.copies.ending_of`.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def prepare_fsd50k(
 
     Example
     -------
-    >>> from psla_sb.dataio.mini_fsd50k import write_mini_fsd50k
+    >>> from psla_sb.prepare.mini_fsd50k import write_mini_fsd50k
     >>> data = write_mini_fsd50k(getfixture("tmp_path"), n_train=3, n_valid=1, n_eval=2, seconds=0.5)
     >>> annotations = [data / f"{name}.csv" for name in SETS]
     >>> prepare_fsd50k(data, *annotations, data / "classes.csv", data / "audio_16k", n_workers=1)

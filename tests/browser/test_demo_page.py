@@ -18,7 +18,7 @@ import soundfile
 from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.demo import COLUMNS, N_CLASSES, PEAKS, THRESHOLD, WHOLE, event_rows, listen
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 
 pytestmark = pytest.mark.browser
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
-from psla_sb import ensemble, evaluation, experiment
-from psla_sb.brain import FIGURES
-from psla_sb.checkpoints import load_weights, snapshot_path
+from psla_sb.aggregation.report import greedy_selection
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import load_weights
 from psla_sb.dataio import dataset
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.ensemble_figures import greedy_selection
-from psla_sb.inference import AudioTagger
+from psla_sb.experiment import aggregate as aggregate_module
+from psla_sb.experiment import evaluation, train
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.metrics import average_precision, roc_auc, summarize
+from psla_sb.metrics import FIGURES, average_precision, roc_auc, summarize
 from runs import REPOSITORY, TRAIN, command, run
 
 AGGREGATE = REPOSITORY / "recipes" / "AudioSet" / "aggregate.py"
@@ -31,7 +32,9 @@ def aggregate(runs, output_folder, *arguments, **settings):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ensemble.main(str(AGGREGATE), ["hparams/aggregate.yaml", "--device=cpu", f"--runs={listed}", *overrides, *arguments])
+        aggregate_module.main(
+            str(AGGREGATE), ["hparams/aggregate.yaml", "--device=cpu", f"--runs={listed}", *overrides, *arguments]
+        )
     finally:
         torch.set_num_threads(before)
     return json.loads((output_folder / "ensemble.json").read_text())
@@ -254,14 +257,14 @@ def test_the_ensembles_scores_teach_a_student(lively_runs, mini_data, tmp_path, 
     for scores in ("null", teacher / "ensemble.npy"):
         folder = tmp_path / f"student {len(losses)}"
         overrides = {**settings, "output_folder": folder, "teacher_scores": scores, "distillation_weight": 0.5}
-        experiment.main(str(TRAIN), [str(part) for part in command(TRAIN, "hparams/mini.yaml", "--device=cpu", **overrides)[2:]])
+        train.main(str(TRAIN), [str(part) for part in command(TRAIN, "hparams/mini.yaml", "--device=cpu", **overrides)[2:]])
         losses[str(scores)] = json.loads((folder / "results.json").read_text())["epochs"][0]["train_loss"]
     alone, taught = losses.values()
     assert 1.2 * alone < taught < 2 * alone
     missing = {**settings, "output_folder": tmp_path / "wrong", "teacher_scores": teacher / "scores" / "none.npy"}
     argv = [str(part) for part in command(TRAIN, "hparams/mini.yaml", **missing)[2:]]
     with pytest.raises(SystemExit):
-        experiment.main(str(TRAIN), argv)
+        train.main(str(TRAIN), argv)
     assert "none.npy: no such file" in capsys.readouterr().err
 
 
@@ -279,7 +282,7 @@ def test_a_separate_test_set_is_scored_in_one_pass(mini_data, tiny_run, tmp_path
     settings = {"data_folder": mini_data, "output_folder": tmp_path / "run", "test_annotation": tmp_path / "test.csv"}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    experiment.main(str(TRAIN), [str(part) for part in command(TRAIN, "hparams/mini.yaml", "--device=cpu", **settings)[2:]])
+    train.main(str(TRAIN), [str(part) for part in command(TRAIN, "hparams/mini.yaml", "--device=cpu", **settings)[2:]])
     torch.set_num_threads(before)
     assert calls == [["test_weight_average", "test_epoch_01", "test_epoch_02"]]
     assert len(decoded) == 20

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from psla_sb.aggregation import average_weights
-from psla_sb.checkpoints import load_weights, snapshot_path
+from psla_sb.aggregation.averaging import average_weights
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import load_weights
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.inference import AudioTagger
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import summarize
 from runs import REPOSITORY, TRAIN, command, run

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from speechbrain import Stage
 
-from psla_sb.brain import FIGURES, TaggingBrain
-from psla_sb.checkpoints import load_into, load_weights, snapshot_path, trained_modules
-from psla_sb.command_line import load_hparams
-from psla_sb.experiment import tagging_dataset
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import load_into, load_weights, trained_modules
+from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment.hparams import load_hparams
+from psla_sb.experiment.train import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.metrics import FIGURES
 from runs import TINY, TRAIN, command, differences, finish, run, start
 
 # 20 evaluation clips in batches of 6: four batches, the last one short
@@ -96,7 +98,7 @@ def test_two_ranks_killed_or_stopped_and_resumed_are_bit_exact(mini_data, tmp_pa
     assert two_ranks(argv, tmp_path / "whole_log") == [0, 0], (tmp_path / "whole_log.0").read_text()
     argv, log = command(TRAIN, "hparams/mini.yaml", **settings, output_folder=tmp_path / "stopped"), tmp_path / "log"
     # each rank has five batches of its own in an epoch: the fourth of the first epoch
-    fit_batch = "psla_sb.brain:TaggingBrain.fit_batch"
+    fit_batch = "psla_sb.experiment.brain:TaggingBrain.fit_batch"
     assert two_ranks(argv, log, at=(signal.SIGKILL, fit_batch, 4)) == [-signal.SIGKILL] * 2
     assert not snapshot_path(tmp_path / "stopped", 1).exists()
     # one rank alone is asked to stop, in the second epoch

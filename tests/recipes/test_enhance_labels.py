@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from enhance_labels import read_labels
-from psla_sb.command_line import load_hparams
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.mini import write_mini_audioset
 from psla_sb.dataio.sampler import class_balanced_weights
-from psla_sb.experiment import tagging_dataset, train_batches
-from psla_sb.inference import AudioTagger
+from psla_sb.experiment.enhance_labels import main
+from psla_sb.experiment.hparams import load_hparams
+from psla_sb.experiment.train import tagging_dataset, train_batches
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.enhancement import enhance
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.report import audit, mended
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.relabel import main
+from psla_sb.prepare.mini_audioset import write_mini_audioset
 from runs import REPOSITORY, TINY, TRAIN, run
 
 SCRIPT = REPOSITORY / "recipes" / "AudioSet" / "enhance_labels.py"

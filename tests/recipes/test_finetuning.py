@@ -4,7 +4,8 @@ import re
 
 import torch
 
-from psla_sb.checkpoints import load_weights, snapshot_path
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import load_weights
 from runs import TRAIN, command, run
 
 

@@ -8,9 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from psla_sb import ensemble, experiment, relabel
-from psla_sb.command_line import load_hparams
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.experiment import aggregate, enhance_labels, train
+from psla_sb.experiment import hparams as hparams_module
+from psla_sb.experiment.hparams import load_hparams
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import summarize
 from runs import REPOSITORY, TINY, command, run
@@ -70,7 +71,7 @@ def test_aggregation_reports_on_the_eval_set(finished, tmp_path):
         f"--output_folder={tmp_path}",
         "--num_workers=0",
     ]
-    ensemble.main(str(RECIPE / "aggregate.py"), arguments)
+    aggregate.main(str(RECIPE / "aggregate.py"), arguments)
     scores = np.load(finished[0] / "predictions" / "test_ensemble.npy")
     np.testing.assert_allclose(np.load(tmp_path / "ensemble.npy"), scores, atol=1e-5)
     assert json.loads((tmp_path / "ensemble.json").read_text())["annotation_file"] == str(finished[0] / "eval.csv")
@@ -79,7 +80,7 @@ def test_aggregation_reports_on_the_eval_set(finished, tmp_path):
 def enhance(options, data, output):
     settings = {**TINY, **SIZE, "data_folder": data, "output_folder": output}
     arguments = [*options, *(f"--{key}={value}" for key, value in settings.items())]
-    relabel.main(str(RECIPE / "enhance_labels.py"), ["hparams/mini.yaml", *arguments])
+    enhance_labels.main(str(RECIPE / "enhance_labels.py"), ["hparams/mini.yaml", *arguments])
 
 
 def test_labels_are_enhanced_with_audiosets_ontology(finished, tmp_path):
@@ -91,13 +92,13 @@ def test_labels_are_enhanced_with_audiosets_ontology(finished, tmp_path):
     # what the enhanced recipe then trains on
     settings = {"pretrained": None, "variant": "b0", "n_classes": 39, "expected_clips": None, "data_folder": str(data)}
     hparams = load_hparams(RECIPE / "hparams" / "psla_enhanced.yaml", {**settings, "output_folder": str(tmp_path)})
-    vocabulary = experiment.prepare(hparams)
+    vocabulary = hparams_module.prepare(hparams)
     before = Manifest.from_csv(hparams["train_annotation"]).label_sets(vocabulary)
-    after = experiment.tagging_dataset("train", hparams, vocabulary)[1]
+    after = train.tagging_dataset("train", hparams, vocabulary)[1]
     assert len(after.indices) >= len(before.indices)
     for name in ("valid", "test"):
         labels = Manifest.from_csv(hparams[f"{name}_annotation"]).label_sets(vocabulary)
-        np.testing.assert_array_equal(experiment.tagging_dataset(name, hparams, vocabulary)[1].indices, labels.indices)
+        np.testing.assert_array_equal(train.tagging_dataset(name, hparams, vocabulary)[1].indices, labels.indices)
 
 
 @pytest.mark.parametrize("script", ["train", "aggregate", "enhance_labels"])
@@ -113,6 +114,6 @@ def test_full_recipe_names_what_is_missing(tmp_path, capsys):
     arguments = ["hparams/psla.yaml", "--pretrained=null", "--variant=b0", f"--output_folder={tmp_path / 'run'}"]
     for options, message in [([], "--data_folder=..."), ([f"--data_folder={tmp_path}"], "zenodo.org/records/4060432")]:
         with pytest.raises(SystemExit) as stop:
-            experiment.main(str(RECIPE / "train.py"), [*arguments, *options])
+            train.main(str(RECIPE / "train.py"), [*arguments, *options])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err

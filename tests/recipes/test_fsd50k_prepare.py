@@ -17,9 +17,9 @@ import soundfile
 from fsd50k_prepare import prepare_fsd50k, read_ground_truth, read_vocabulary
 from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.mini_fsd50k import write_mini_fsd50k
 from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.prepare.mini_fsd50k import write_mini_fsd50k
 from runs import SERVER, _happen
 
 SETS = ("train", "valid", "eval")
@@ -283,7 +283,7 @@ def _prepare(data, output, flushes):
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)
     if flushes is not None:
-        _happen(signal.SIGKILL, "psla_sb.checkpoints:flush", flushes)
+        _happen(signal.SIGKILL, "psla_sb.files:flush", flushes)
     prepare(data, output, output / "copies", expected_clips={"train": 40, "valid": 5, "eval": 15})
 
 

@@ -13,14 +13,16 @@ import pytest
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
-from psla_sb.cli import demo, export, tag
+from psla_sb.checkpoints.sources import open_source
+from psla_sb.cli.demo.demo.demo import demo
+from psla_sb.cli.export.export.export import export
+from psla_sb.cli.tag.tag.tag import tag
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.demo import listen
 from psla_sb.errors import InputError
-from psla_sb.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
-from psla_sb.inference import AudioTagger
-from psla_sb.sources import open_source
+from psla_sb.inference.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
+from psla_sb.inference.tagger import AudioTagger
 from runs import REPOSITORY, TRAIN, command, differences, finish, run
 
 AGGREGATE, ENHANCE = (TRAIN.with_name(name) for name in ("aggregate.py", "enhance_labels.py"))
@@ -221,7 +223,10 @@ def test_killed_and_resumed_it_ends_as_if_left_alone(name, mini_data, tmp_path):
     for folder in ("whole", "killed"):
         argv = command(TRAIN, str(file), data_folder=mini_data, output_folder=tmp_path / folder)
         if folder == "killed":
-            assert finish(argv, tmp_path / "log", at=(signal.SIGKILL, "psla_sb.brain:TaggingBrain.on_fit_batch_start", 7)) != 0
+            assert (
+                finish(argv, tmp_path / "log", at=(signal.SIGKILL, "psla_sb.experiment.brain:TaggingBrain.on_fit_batch_start", 7))
+                != 0
+            )
         assert finish(argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert differences(tmp_path / "whole", tmp_path / "killed") == []
 

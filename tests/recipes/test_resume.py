@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from psla_sb.checkpoints import snapshot_path
+from psla_sb.checkpoints.run_folder import snapshot_path
 from runs import TRAIN, command, differences, finish
 
 SETTINGS = {"batch_size": 4, "grad_accumulation_factor": 2, "drop_connect": 0.2, "ckpt_interval_steps": 2, "device": "cpu"}
@@ -28,12 +28,12 @@ def test_killed_at_any_moment_and_resumed_is_bit_exact(whole, settings, tmp_path
     folder, log = tmp_path / "killed", tmp_path / "log"
     argv = command(TRAIN, "hparams/mini.yaml", **settings, output_folder=folder)
     moments = {
-        "a step": ("psla_sb.brain:TaggingBrain.fit_batch", 6),
+        "a step": ("psla_sb.experiment.brain:TaggingBrain.fit_batch", 6),
         "a save": ("torch:save", 2),
-        "validation": ("psla_sb.brain:TaggingBrain.evaluate_batch", 2),
-        "the end of epoch 2": ("psla_sb.brain:write_results", 2),
-        "scoring": ("psla_sb.aggregation:flush", 1),
-        "export": ("psla_sb.export:save_file", 2),
+        "validation": ("psla_sb.experiment.brain:TaggingBrain.evaluate_batch", 2),
+        "the end of epoch 2": ("psla_sb.checkpoints.run_folder:write_results", 2),
+        "scoring": ("psla_sb.aggregation.scoring:flush", 1),
+        "export": ("psla_sb.checkpoints.tagger_folder:write_tensors", 2),
     }
     for moment, (target, count) in moments.items():
         status = finish(argv, log, at=(signal.SIGKILL, target, count))
@@ -54,10 +54,10 @@ def test_stopped_by_a_signal_and_resumed_is_bit_exact(whole, settings, tmp_path)
     folder, log = tmp_path / "stopped", tmp_path / "log"
     argv = command(TRAIN, "hparams/mini.yaml", **{**settings, "num_workers": 2, "ckpt_interval_steps": 0}, output_folder=folder)
     for signum, target, count in [
-        (signal.SIGTERM, "psla_sb.brain:TaggingBrain.evaluate_batch", 2),
+        (signal.SIGTERM, "psla_sb.experiment.brain:TaggingBrain.evaluate_batch", 2),
         # in the middle of an accumulation, in the second epoch
-        (signal.SIGINT, "psla_sb.brain:TaggingBrain.fit_batch", 3),
-        (signal.SIGTERM, "psla_sb.aggregation:flush", 1),
+        (signal.SIGINT, "psla_sb.experiment.brain:TaggingBrain.fit_batch", 3),
+        (signal.SIGTERM, "psla_sb.aggregation.scoring:flush", 1),
     ]:
         # it reaches the workers as well: they leave it to the process that trains
         status = finish(argv, log, at=(signum, target, count))
@@ -74,11 +74,11 @@ def test_full_disk_loses_nothing(whole, settings, tmp_path):
     folder, log = tmp_path / "full", tmp_path / "log"
     argv = command(TRAIN, "hparams/mini.yaml", **settings, output_folder=folder)
     for target, count, what in [
-        ("psla_sb.brain:TaggingBrain._save_intra_epoch_ckpt", 2, "save"),
-        ("psla_sb.brain:save_weights", 1, "epoch_01.safetensors"),
-        ("psla_sb.brain:TaggingBrain.on_epoch_end", 2, "epoch_02.safetensors"),
-        ("psla_sb.evaluation:save_weights", 1, "average.safetensors"),
-        ("psla_sb.export:save_file", 1, "embedding_model.ckpt"),
+        ("psla_sb.experiment.brain:TaggingBrain._save_intra_epoch_ckpt", 2, "save"),
+        ("psla_sb.experiment.brain:save_weights", 1, "epoch_01.safetensors"),
+        ("psla_sb.experiment.brain:TaggingBrain.on_epoch_end", 2, "epoch_02.safetensors"),
+        ("psla_sb.experiment.evaluation:save_weights", 1, "average.safetensors"),
+        ("psla_sb.checkpoints.tagger_folder:write_tensors", 1, "embedding_model.ckpt"),
     ]:
         before = log.read_text() if log.exists() else ""
         status = finish(argv, log, at=("disk full", target, count))

@@ -1,0 +1,7 @@
+"""Trained models on disk: weights, runs' folders, taggers' folders, published checkpoints; and which is which."""
+
+from psla_sb.checkpoints.checkpointer import AtomicCheckpointer
+from psla_sb.checkpoints.psla import load_psla_checkpoint
+from psla_sb.checkpoints.weights import load_module
+
+__all__ = ["AtomicCheckpointer", "load_module", "load_psla_checkpoint"]

@@ -1,0 +1,159 @@
+"""PSLA's published checkpoints, read and written.
+
+A published checkpoint is a state dict with `effnet.*` (efficientnet_pytorch's names) and `attention.*`, usually behind the prefix
+`module.` that DataParallel adds. What kind of model it is of is read off its tensors.
+"""
+
+import functools
+import re
+import statistics
+
+import ruamel.yaml
+import torch
+from torch import nn
+
+from psla_sb.checkpoints.weights import below, load_into, read_tensors
+from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
+from psla_sb.lobes.efficientnet import VARIANTS, EfficientNetEncoder
+from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+
+# efficientnet-pytorch 0.7.0, with which the published models were trained, pads so
+PUBLISHED_PADDING = "symmetric"
+AUDIOSET_FRAMES = 1056
+
+TAGGER = """
+sample_rate: 16000
+compute_features: !new:psla_sb.lobes.features.KaldiFbank
+    sample_rate: 16000
+    n_mels: 128
+    n_frames: {n_frames}
+mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
+    mean: -4.6476
+    std: 4.5699
+embedding_model: !new:psla_sb.lobes.efficientnet.EfficientNetEncoder
+    variant: {variant}
+    padding: {padding}
+classifier: !new:psla_sb.lobes.pooling.{pooling}
+    {arguments}
+"""
+
+
+def load_psla_checkpoint(path, padding=PUBLISHED_PADDING):
+    """The model in a checkpoint of the published code, or of others that use its layout.
+
+    Variant, kind of pooling, heads and classes are read off the tensors. Keys with and without `module.` are read; leftovers of
+    the ImageNet classifier (`effnet._fc.*`) are ignored. Code in the file is never run.
+
+    Arguments
+    ---------
+    path : str or Path
+        A `.pth` file.
+    padding : str
+        The encoder's padding, "symmetric" or "tensorflow", which the file does not tell. Official models were trained with
+        "symmetric"; see `EfficientNetEncoder`.
+
+    Returns
+    -------
+    EfficientNetEncoder, AttentionPooling or MeanPooling
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, holds anything but tensors, or has tensors missing, too many, or of wrong shapes; the message
+        names them.
+    ValueError
+        There is no such padding.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "best_audio_model.pth"
+    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), AttentionPooling(1280, 527, n_heads=4))
+    >>> encoder, pooling = load_psla_checkpoint(path)
+    >>> pooling(encoder(torch.zeros(1, 1056, 128))).shape
+    torch.Size([1, 527])
+    """
+    state = read_tensors(path)
+    prefix = "module." if any(key.startswith("module.") for key in state) else ""
+    effnet, attention = f"{prefix}effnet", f"{prefix}attention"
+    state = {key: value for key, value in state.items() if not key.startswith(f"{effnet}._fc.")}
+    variant = _variant_of(below(effnet, state))
+    if variant is None:
+        raise InputError(f"{path}: not a PSLA checkpoint: it has no tensor 'effnet.*' of an EfficientNet")
+    encoder = EfficientNetEncoder(variant, padding=padding)
+    pooling = _new_pooling(below(attention, state), encoder.out_channels)
+    load_into({effnet: encoder, attention: pooling}, state, f"{path}, read as a PSLA checkpoint of efficientnet-{variant},")
+    return encoder.eval(), pooling.eval()
+
+
+def save_psla_checkpoint(path, encoder, pooling):
+    """Writes a model in the layout of the published code, with the prefix `module.` that its DataParallel reads and writes.
+
+    Arguments
+    ---------
+    path : str or Path
+        The `.pth` file, written whole or not at all.
+    encoder : EfficientNetEncoder
+        The published code computes the same only with the padding of the efficientnet_pytorch that it runs with.
+    pooling : AttentionPooling or MeanPooling
+        The published code has 4 heads wherever there is more than one.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "model.pth"
+    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 200))
+    >>> list(torch.load(path, weights_only=True))[-2:]
+    ['module.attention.cla.weight', 'module.attention.cla.bias']
+    """
+    modules = {"module.effnet": encoder, "module.attention": pooling}
+    state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
+    with atomic_write(path) as temporary:
+        torch.save({key: value.cpu().contiguous() for key, value in state.items()}, temporary)
+
+
+def psla_definitions(encoder, pooling, n_frames=AUDIOSET_FRAMES):
+    """The definitions of a published model with the published front end, as `read_definitions` gives them."""
+    arguments = {"in_channels": encoder.out_channels, "n_classes": _first_conv(pooling).out_channels}
+    if isinstance(pooling, AttentionPooling):
+        arguments["n_heads"] = pooling.n_heads
+    return ruamel.yaml.YAML().load(
+        TAGGER.format(
+            n_frames=n_frames,
+            variant=_variant_of(encoder.state_dict()),
+            padding=encoder.padding,
+            pooling=type(pooling).__name__,
+            arguments="\n    ".join(f"{name}: {value}" for name, value in arguments.items()),
+        )
+    )
+
+
+def _shapes(state):
+    return {key: value.shape for key, value in state.items()}
+
+
+@functools.cache
+def _layouts():
+    """Each variant's names and shapes."""
+    with torch.device("meta"):
+        return {variant: _shapes(EfficientNetEncoder(variant).state_dict()) for variant in VARIANTS}
+
+
+def _variant_of(state):
+    """The variant with which a state dict has the most tensors in common, None if there is none in common."""
+    in_common = {variant: len(layout.items() & _shapes(state).items()) for variant, layout in _layouts().items()}
+    return max(in_common, key=in_common.get) if any(in_common.values()) else None
+
+
+def _first_conv(pooling):
+    return pooling.cla if isinstance(pooling.cla, nn.Conv2d) else pooling.cla[0]
+
+
+def _new_pooling(state, in_channels):
+    """The pooling whose tensors these are, as far as they agree with each other."""
+    sizes = [len(value) for key, value in state.items() if value.dim() and key != "head_weight"]
+    n_classes = max(1, statistics.mode(sizes)) if sizes else 1
+    heads = {match[1] for key in state if (match := re.match(r"(?:att|cla)\.(\d+)\.", key))}
+    if heads or any(key.startswith("att.") for key in state):
+        return AttentionPooling(in_channels, n_classes, max(1, len(heads)))
+    return MeanPooling(in_channels, n_classes)

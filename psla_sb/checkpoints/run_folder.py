@@ -1,0 +1,77 @@
+"""What a run leaves in its output folder, under which names, and what its `results.json` says."""
+
+import json
+from pathlib import Path
+
+from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
+
+
+def snapshot_path(folder, epoch):
+    """Where the weights of an epoch are.
+
+    Example
+    -------
+    >>> str(snapshot_path("results", 3))
+    'results/snapshots/epoch_03.safetensors'
+    """
+    return Path(folder) / "snapshots" / f"epoch_{epoch:02d}.safetensors"
+
+
+def prediction_path(folder, name):
+    """Where the scores of a set are, as a float32 array `[clips, classes]` in the annotation's order.
+
+    Example
+    -------
+    >>> str(prediction_path("results", "valid_epoch_03"))
+    'results/predictions/valid_epoch_03.npy'
+    """
+    return Path(folder) / "predictions" / f"{name}.npy"
+
+
+def read_results(folder):
+    """What `results.json` of a run says so far; nothing if there is none.
+
+    Raises
+    ------
+    InputError
+        The file is not as a run writes it.
+
+    Example
+    -------
+    >>> read_results(getfixture("tmp_path"))
+    {}
+    """
+    path = Path(folder) / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file ({error}); put back the one that the run wrote") from None
+    if not isinstance(results, dict) or not isinstance(results.get("epochs", []), list):
+        raise InputError(f"{path}: not the figures of a run; put back the file that the run wrote")
+    return results
+
+
+def best_epoch(epochs):
+    """The number of the epoch with the highest mAP on the validation set.
+
+    Example
+    -------
+    >>> best_epoch([{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}])
+    1
+    """
+    return max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
+
+
+def write_results(folder, results):
+    """Writes `results.json` of a run, whole or not at all.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> write_results(folder, {"epochs": []})
+    >>> read_results(folder)
+    {'epochs': []}
+    """
+    with atomic_write(Path(folder) / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -1,0 +1,392 @@
+"""Any trained model, wherever it is kept -> what model it is, its weights and its classes.
+
+A trained model is the folder of a tagger, the output folder of a run, a run's snapshot (`.safetensors`), a checkpoint folder of
+SpeechBrain's (`save/CKPT+...`) or a checkpoint of the published PSLA code (`.pth`). `open_source` alone tells them apart.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ruamel.yaml
+from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.logger import get_logger
+from torch import Tensor, nn
+
+from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, tags_of
+from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, load_psla_checkpoint, psla_definitions
+from psla_sb.checkpoints.run_folder import best_epoch, read_results, snapshot_path
+from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
+from psla_sb.checkpoints.trust import check_trusted
+from psla_sb.checkpoints.weights import below, load_into, load_weights, read_tensors, trained_modules
+from psla_sb.errors import InputError
+from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.lobes.chain import MODULES
+from psla_sb.lobes.efficientnet import EfficientNetEncoder
+
+logger = get_logger(__name__)
+
+KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth)"
+
+
+class Source:
+    """A trained model on the disk.
+
+    Arguments
+    ---------
+    path
+        The file or folder.
+    trust
+        Modules whose classes may be constructed, besides this toolkit's lobes and installed plugins.
+    """
+
+    def __init__(self, path: str | Path, trust: Sequence[str] = ()):
+        self.path, self.trust = Path(path), trust
+
+    definitions: Mapping[str, Any]
+    vocabulary: Vocabulary
+
+    @property
+    def hparams_file(self) -> Path:
+        """The YAML file that defines the model."""
+        return self.path / "hyperparams.yaml"
+
+    @property
+    def padding(self) -> str | None:
+        """What an EfficientNet pads like; None if that is not known."""
+        if not self.hparams_file.is_file():
+            return None
+        try:
+            run = ruamel.yaml.YAML().load(self.hparams_file.read_text(encoding="utf-8"))
+            encoder = run["embedding_model"]
+            return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
+        except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.hparams_file}: does not define an embedding_model ({error!r})") from None
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by the names of the modules; a module without any weights is left out."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """The files that hold the weights."""
+        return [self.path]
+
+    def digest(self) -> str:
+        """SHA-256 of the files: what tells whether scores are of this model."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            if not file.is_file():
+                raise InputError(f"{file}: no such file")
+            digest.update(file.read_bytes())
+        return digest.hexdigest()
+
+    def hparams(self) -> dict[str, Any]:
+        """The four modules with their weights, on the CPU, and what else `AudioTagger` needs.
+
+        Raises
+        ------
+        InputError
+            The model names classes that are not trusted, or the weights are not of it.
+        """
+        hparams = self._built()
+        modules = {name: hparams[name] for name in MODULES}
+        weights = flat(self.weights())
+        load_into(trained_modules(modules), weights, self.path)
+        return {**hparams, "mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary)}
+
+    def export(self, folder: str | Path) -> None:
+        """Writes the model as the folder of a tagger, which can be moved anywhere.
+
+        Example
+        -------
+        >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
+        >>> from psla_sb.lobes.pooling import MeanPooling
+        >>> folder = getfixture("tmp_path")
+        >>> save_psla_checkpoint(folder / "model.pth", EfficientNetEncoder("b0"), MeanPooling(1280, 2))
+        >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(folder / "labels.csv")
+        >>> open_source(folder / "model.pth", labels=folder / "labels.csv").export(folder / "tagger")
+        >>> sorted(file.name for file in (folder / "tagger").iterdir())
+        ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
+        """
+        write_tagger(folder, self.definitions, self.hparams(), self.vocabulary)
+
+    def _built(self) -> dict[str, Any]:
+        return build(self.definitions, self.path, self.trust)
+
+
+class TaggerFolder(Source):
+    """What a run exported, `psla-export` or `psla-import` wrote."""
+
+    @cached_property
+    def definitions(self) -> Mapping[str, Any]:
+        if not self.hparams_file.is_file():
+            raise InputError(f"{self.path}: not the folder of a tagger (it has no hyperparams.yaml)")
+        definitions = read_definitions(self.hparams_file)
+        # nothing else in the file is built here, but SpeechBrain would
+        check_trusted(tags_of(self.hparams_file.read_text(encoding="utf-8")), self.hparams_file, self.trust)
+        return definitions
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        mids = ruamel.yaml.YAML().load(self.hparams_file.read_text(encoding="utf-8")).get("mids")
+        encoder, file = CategoricalEncoder(), self.path / "label_encoder.ckpt"
+        try:
+            encoder.load(file)
+            encoder.ignore_len()
+            names = [encoder.ind2lab[i] for i in range(len(encoder))]
+        except (OSError, KeyError, ValueError, SyntaxError, AttributeError, TypeError) as error:
+            raise InputError(f"{file}: not the class names of a tagger ({type(error).__name__}: {error})") from None
+        if not isinstance(mids, list) or len(mids) != len(names):
+            raise InputError(f"{self.path}: label_encoder.ckpt has not as many names as hyperparams.yaml has mids")
+        return Vocabulary([str(mid) for mid in mids], names)
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        files = {name: self.path / f"{name}.ckpt" for name in MODULES}
+        return {name: load_weights(file) for name, file in files.items() if file.exists() or name in MODULES[2:]}
+
+    def files(self) -> list[Path]:
+        return sorted(file for file in self.path.iterdir() if file.is_file())
+
+
+class Snapshot(Source):
+    """The weights of one epoch of a run, or their average, in the run's folder.
+
+    Arguments
+    ---------
+    built
+        What the run's own process has built: `sample_rate`, `n_frames` and the modules, which are copied.
+    """
+
+    def __init__(self, path: str | Path, trust: Sequence[str] = (), built: Mapping[str, Any] | None = None):
+        super().__init__(path, trust)
+        self.run, self.built = self.path.resolve().parents[1], built
+
+    @property
+    def hparams_file(self) -> Path:
+        return self.run / "hyperparams.yaml"
+
+    @cached_property
+    def definitions(self) -> Mapping[str, Any]:
+        if not self.path.exists():
+            raise InputError(f"{self.path}: no such file of weights")
+        if not self.hparams_file.is_file():
+            raise InputError(f"{self.path}: beside its folder there is no hyperparams.yaml that says what model it is of")
+        return read_definitions(self.hparams_file)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.from_csv(self.run / "class_labels_indices.csv")
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        state = load_weights(self.path)
+        return {name: part for name in MODULES if (part := below(name, state)) or name in MODULES[2:]}
+
+    def digest(self) -> str:
+        digest = super().digest()
+        if not self.hparams_file.is_file():
+            return digest
+        # a snapshot does not hold the model's definition
+        return hashlib.sha256((digest + definitions_text(self.definitions)).encode()).hexdigest()
+
+    def _built(self) -> dict[str, Any]:
+        if self.built is None:
+            return super()._built()
+        modules = copy.deepcopy({name: self.built[name] for name in MODULES})
+        return {"sample_rate": self.built["sample_rate"], "n_frames": self.built.get("n_frames"), **modules}
+
+
+class SpeechBrainCheckpoint(Snapshot):
+    """A folder `save/CKPT+...` of a run."""
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        files = {name: self.path / f"{name}.ckpt" for name in MODULES}
+        return {name: read_tensors(file) for name, file in files.items() if file.exists() or name in MODULES[2:]}
+
+    def files(self) -> list[Path]:
+        return sorted(file for file in self.path.iterdir() if file.stem in MODULES)
+
+
+class Published(Source):
+    """A checkpoint of the published PSLA code, or of others that use its layout; its class list is a file of its own."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        labels: str | Path | None = None,
+        padding: str = PUBLISHED_PADDING,
+        n_frames: int = AUDIOSET_FRAMES,
+    ):
+        super().__init__(path)
+        self.labels, self.n_frames, self._padding = labels, n_frames, padding
+
+    @property
+    def padding(self) -> str:
+        return self._padding
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        encoder, pooling = load_psla_checkpoint(self.path, self.padding)
+        return {"embedding_model": encoder, "classifier": pooling}
+
+    @cached_property
+    def definitions(self) -> Mapping[str, Any]:
+        return psla_definitions(*self._modules.values(), self.n_frames)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        vocabulary, n_classes = Vocabulary.from_csv(str(self.labels)), self.definitions["classifier"]["n_classes"]
+        if len(vocabulary) != n_classes:
+            raise InputError(
+                f"{self.labels} has {len(vocabulary)} classes, but {self.path} is a model of {n_classes}: "
+                "give the class list that it was trained with"
+            )
+        return vocabulary
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        return {name: module.state_dict() for name, module in self._modules.items()}
+
+    def hparams(self) -> dict[str, Any]:
+        if self.labels is None:
+            raise InputError(f"{self.path}: a checkpoint of the published code needs a class list beside it, see --labels")
+        return super().hparams()
+
+
+def open_source(
+    path: str | Path | Source,
+    labels: str | Path | None = None,
+    trust: Sequence[str] = (),
+    weights: str | int = "average",
+) -> Source:
+    """Finds out what kind of trained model a path is. Nothing is constructed, and no weights are read, before they are asked for.
+
+    Arguments
+    ---------
+    path
+        See above.
+    labels
+        The class list of a published checkpoint.
+    trust
+        See `Source`.
+    weights
+        Of a run's folder: "average" (of the last epochs), "best" (on the validation set), "last", or the number of an epoch.
+
+    Raises
+    ------
+    InputError
+        It is none of these, or a run has no such weights.
+
+    Example
+    -------
+    >>> open_source("model.pth", labels="class_labels_indices.csv").padding
+    'symmetric'
+    """
+    if isinstance(path, Source):
+        return path
+    path = Path(path)
+    if (path / "results.json").is_file():
+        return Snapshot(run_weights(path, weights), trust)
+    if (path / "CKPT.yaml").is_file():
+        return SpeechBrainCheckpoint(path, trust)
+    if path.is_dir():
+        return TaggerFolder(path, trust)
+    if path.suffix == ".safetensors":
+        return Snapshot(path, trust)
+    if not path.suffix and not path.exists():
+        raise InputError(f"{path}: not the folder of a tagger: there is no such file or folder. A trained model is {KINDS}")
+    return Published(path, labels)
+
+
+def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
+    """The file of a run's weights: "average" (of the last epochs), "best" (on the validation set), "last" or an epoch's number.
+
+    Raises
+    ------
+    InputError
+        The run has trained no epoch.
+    """
+    epochs = read_results(folder).get("epochs")
+    if not epochs:
+        raise InputError(f"{folder}: not the output folder of a run that has trained an epoch")
+    if weights == "average":
+        return Path(folder) / "snapshots" / "average.safetensors"
+    named = {"last": epochs[-1]["epoch"], "best": best_epoch(epochs)}
+    return snapshot_path(folder, int(named.get(weights, weights)))
+
+
+def flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Weights by module -> one state dict with keys `module.parameter`, as in a snapshot."""
+    return {f"{name}.{key}": value for name, state in weights.items() for key, value in state.items()}
+
+
+class Transfer(NamedTuple):
+    """Which tensors of a trained tagger a model has taken over; names as in a snapshot.
+
+    Example
+    -------
+    >>> print(Transfer(["embedding_model._bn0.bias"], ["classifier.cla.bias"]))
+    1 tensors taken; 1 not taken: classifier.cla.bias
+    """
+
+    taken: list[str]
+    not_taken: list[str]
+
+    def __str__(self) -> str:
+        left = f": {', '.join(self.not_taken)}" if self.not_taken else ""
+        return f"{len(self.taken)} tensors taken; {len(self.not_taken)} not taken{left}"
+
+
+def load_pretrained_tagger(source: str | Path, modules: Mapping[str, nn.Module]) -> Transfer:
+    """Fills a model with the weights of a trained tagger, to train it further. Nothing of the source is constructed.
+
+    Where the pooling's tensors differ, as with another number of classes, or those of a front end, only the encoder is taken.
+
+    Arguments
+    ---------
+    source
+        Whatever `open_source` takes; of a run's folder, the weight average.
+    modules
+        `embedding_model` and `classifier`, and the front end if it has weights; filled in place.
+
+    Raises
+    ------
+    InputError
+        The source cannot be read, or its encoder is another one.
+
+    Example
+    -------
+    >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> path = getfixture("tmp_path") / "model.pth"
+    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 527))
+    >>> modules = {"embedding_model": EfficientNetEncoder("b0", padding="symmetric"), "classifier": MeanPooling(1280, 200)}
+    >>> print(load_pretrained_tagger(path, modules))
+    358 tensors taken; 2 not taken: classifier.cla.weight, classifier.cla.bias
+    """
+    opened = open_source(source)
+    trained, encoder = opened.weights(), modules["embedding_model"]
+    try:
+        load_into({"embedding_model": encoder}, flat({"embedding_model": trained["embedding_model"]}), source)
+    except InputError as error:
+        raise InputError(f"{error}. The encoders differ: choose the variant, or the encoder, that {source} has") from None
+    padding = opened.padding
+    if padding is not None and isinstance(encoder, EfficientNetEncoder) and padding != encoder.padding:
+        logger.warning(
+            "%s was trained with padding '%s', but the model pads '%s': its outputs will differ. Set the padding of "
+            "embedding_model, if that is not meant.",
+            source,
+            padding,
+            encoder.padding,
+        )
+    taken, not_taken = [*flat({"embedding_model": trained["embedding_model"]})], []
+    for name in ("compute_features", "mean_var_norm", "classifier"):
+        if name in trained:
+            state = flat({name: trained[name]})
+            try:
+                load_into({name: modules[name]}, state, source)
+                taken += state
+            except InputError:
+                not_taken += state
+    return Transfer(taken, not_taken)

@@ -1,0 +1,250 @@
+"""Weights of modules as state dicts and as safetensors files: whole, and read without running code."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from speechbrain.processing.features import InputNormalization
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from psla_sb.errors import InputError
+from psla_sb.files import atomic_write
+from psla_sb.lobes.chain import MODULES
+
+
+def _normalisers(module: nn.Module) -> Iterator[tuple[str, InputNormalization]]:
+    """SpeechBrain's normalisations whose statistics are in no state dict, with their names."""
+    for name, part in module.named_modules():
+        if isinstance(part, InputNormalization) and part.norm_type == "global":
+            yield f"{name}." if name else "", part
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a module, with the statistics that SpeechBrain's `InputNormalization` keeps apart from it.
+
+    Raises
+    ------
+    InputError
+        Something in it is no tensor, so that it could be lost.
+
+    Example
+    -------
+    >>> list(state_of(InputNormalization()))
+    ['count', 'glob_mean', 'glob_std']
+    """
+    state = dict(module.state_dict())
+    for name, part in _normalisers(module):
+        state |= {f"{name}{key}": torch.as_tensor(value) for key, value in part._statistics_dict().items()}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{type(module).__qualname__} keeps a {type(value).__name__} in its state ('{key}'): only tensors are saved"
+            )
+    return state
+
+
+def put_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Puts what `state_of` gave into a module."""
+    state = dict(state)
+    for name, part in _normalisers(module):
+        count, mean, std = (state.pop(f"{name}{key}") for key in ("count", "glob_mean", "glob_std"))
+        part._load_statistics_dict({"count": int(count), "glob_mean": mean.to(part.device), "glob_std": std.to(part.device)})
+    module.load_state_dict(state)
+
+
+def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers that are in a module's state dict, such as the statistics of its batch normalisations."""
+    return [
+        buffer
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    ]
+
+
+def remember_statistics(module: nn.Module) -> Callable[[], None]:
+    """Remembers what a forward pass in training changes; returns what puts it back.
+
+    Example
+    -------
+    >>> norm = nn.BatchNorm1d(1)
+    >>> put_back = remember_statistics(norm)
+    >>> _ = norm(torch.ones(2, 1))
+    >>> put_back()
+    >>> norm.running_mean
+    tensor([0.])
+    """
+    buffers = persistent_buffers(module)
+    before, counted = [buffer.clone() for buffer in buffers], [(part, part._statistics_dict()) for _, part in _normalisers(module)]
+
+    def put_back() -> None:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        for part, statistics in counted:
+            part._load_statistics_dict(statistics)
+
+    return put_back
+
+
+def trained_modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of a tagger's modules that have weights, or statistics, to keep: the encoder, the pooling, some front ends.
+
+    Example
+    -------
+    >>> linear = torch.nn.Linear(1, 1)
+    >>> trained_modules({"compute_features": torch.nn.Identity(), "embedding_model": linear, "classifier": linear})
+    {'embedding_model': Linear(...), 'classifier': Linear(...)}
+    """
+    always = ("embedding_model", "classifier")
+    return {name: modules[name] for name in MODULES if name in modules and (name in always or state_of(modules[name]))}
+
+
+def save_weights(modules, path):
+    """Writes the weights of modules into one safetensors file, keys `module.parameter`.
+
+    Arguments
+    ---------
+    modules : dict of str to torch.nn.Module
+        For a tagger, what `trained_modules` gives.
+    path : str or Path
+        The file, written whole or not at all.
+
+    Example
+    -------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "weights.safetensors"
+    >>> save_weights({"classifier": torch.nn.Linear(2, 1)}, path)
+    >>> sorted(load_weights(path))
+    ['classifier.bias', 'classifier.weight']
+    """
+    write_tensors({f"{name}.{key}": value for name, module in modules.items() for key, value in state_of(module).items()}, path)
+
+
+def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    """Writes a state dict as safetensors, which hold no two names for one memory: what is shared is written twice."""
+    with atomic_write(path) as temporary:
+        save_file(
+            {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, temporary
+        )
+
+
+def load_weights(path):
+    """Reads a safetensors file as a state dict on the CPU.
+
+    Raises
+    ------
+    InputError
+        The file is missing or is not whole.
+
+    Example
+    -------
+    >>> load_weights("nowhere.safetensors")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: nowhere.safetensors: no such file of weights
+    """
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file of weights") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def load_into(modules, state, source="state dict"):
+    """Puts a state dict with keys `module.parameter` into modules.
+
+    Raises
+    ------
+    InputError
+        Keys or shapes differ; the message names them.
+
+    Example
+    -------
+    >>> import torch
+    >>> load_into({"classifier": torch.nn.Linear(1, 1)}, {"classifier.weight": torch.ones(1, 1)})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: state dict does not fit the model: missing classifier.bias
+    """
+    own = {f"{name}.{key}": value for name, module in modules.items() for key, value in state_of(module).items()}
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}"
+        for key in own
+        # lazy parameters have no shape yet, and statistics that nothing has been counted for are empty
+        if key in state and not is_lazy(own[key]) and own[key].shape not in (state[key].shape, (0,))
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise InputError(f"{source} does not fit the model: {'; '.join(problems[:8])}{more}")
+    for name, module in modules.items():
+        put_state(module, below(name, state))
+
+
+def load_module(module, path):
+    """Puts the weights in a safetensors file into a module: a hook for SpeechBrain's Pretrainer, whose own reads pickles.
+
+    Raises
+    ------
+    InputError
+        The file is missing or broken, or does not fit the module.
+
+    Example
+    -------
+    >>> import torch
+    >>> path = getfixture("tmp_path") / "classifier.ckpt"
+    >>> save_file(torch.nn.Linear(2, 1).state_dict(), path)
+    >>> load_module(torch.nn.Linear(2, 1), path)
+    """
+    state = {f"weights.{key}": value for key, value in load_weights(path).items()}
+    load_into({"weights": module}, state, path)
+
+
+def read_tensors(path):
+    """A state dict that `torch.save` wrote. Code in the file is never run.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or holds anything but names and plain tensors.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "model.pth"
+    >>> torch.save({"bias": torch.zeros(2)}, path)
+    >>> read_tensors(path)
+    {'bias': tensor([0., 0.])}
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # a broken file raises whatever the unpickler stumbles over; PyTorch's message advises to run the code in the file
+        raise InputError(
+            f"{path}: not a checkpoint that can be loaded without running code: it is damaged, or holds more than tensors "
+            f"({type(error).__name__})"
+        ) from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors")
+    for key, value in state.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+        if not (isinstance(key, str) and plain):
+            raise InputError(f"{path}: {key!r} is not a name with a plain tensor; a checkpoint holds nothing else")
+    return state
+
+
+def below(name, state):
+    """The entries `name.*` of a state dict, without `name.`.
+
+    Example
+    -------
+    >>> below("classifier", {"classifier.bias": 1, "other.bias": 2})
+    {'bias': 1}
+    """
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -1,0 +1,51 @@
+"""`psla-demo`: serves a page that tags sounds."""
+
+import argparse
+import os
+
+from psla_sb.cli.options import NO_MODEL, _check_device, add_model, trusted
+
+
+def demo(arguments=None):
+    """`psla-demo`: serves a page that tags sounds.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 2 if the command line or the model is wrong.
+
+    Example
+    -------
+    >>> demo(["--model", "nowhere"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    parser = argparse.ArgumentParser("psla-demo", description="Serves a page: drop or record a sound, see its tags and timeline.")
+    add_model(parser)
+    parser.add_argument("--examples", metavar="FOLDER", help="sound files that the page offers")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        parser.error(NO_MODEL)
+    if not os.path.exists(options.model):
+        parser.error(f"--model {options.model}: no such file or folder")
+    _check_device(parser, options.device)
+    from psla_sb.demo import example_files, launch
+    from psla_sb.errors import InputError
+    from psla_sb.inference.tagger import AudioTagger
+
+    try:
+        examples = example_files(options.examples) if options.examples else ()
+        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
+        launch(tagger, options.model, examples, options.host, options.port, options.open)
+    except InputError as error:
+        parser.error(str(error))

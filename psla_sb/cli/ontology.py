@@ -1,0 +1,46 @@
+"""`psla-ontology`: prints an ontology as a tree."""
+
+import argparse
+import sys
+
+from psla_sb.errors import InputError
+from psla_sb.labels.ontology import Ontology
+
+
+def ontology(arguments=None):
+    """`psla-ontology`: prints an ontology as a tree.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Example
+    -------
+    >>> import pathlib, tempfile
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "ontology.json"
+    >>> _ = path.write_text('[{"id": "/m/09x0r", "name": "Speech", "child_ids": []}]')
+    >>> ontology([str(path)])
+    Speech  /m/09x0r
+    """
+    parser = argparse.ArgumentParser(prog="psla-ontology", description="Prints an ontology as a tree.", allow_abbrev=False)
+    parser.add_argument("ontology", help="AudioSet's ontology.json")
+    parser.add_argument("--annotation", help="annotation CSV (ID,wav,duration,labels) whose clips are counted")
+    parser.add_argument("--labels", help="class list (class_labels_indices.csv) of the annotation")
+    args = parser.parse_args(arguments)
+    if (args.annotation is None) != (args.labels is None):
+        parser.error("--annotation and --labels belong together")
+    try:
+        tree, counts = Ontology.from_json(args.ontology), None
+        if args.annotation:
+            # only counting needs these, and reading annotations takes seconds to import
+            from psla_sb.dataio.manifest import Manifest
+            from psla_sb.labels.vocabulary import Vocabulary
+
+            vocabulary = Vocabulary.from_csv(args.labels)
+            label_sets = Manifest.from_csv(args.annotation).label_sets(vocabulary)
+            counts = dict(zip(vocabulary.mids, label_sets.counts(len(vocabulary)).tolist(), strict=True))
+        print(tree.tree(counts))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

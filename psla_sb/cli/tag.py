@@ -1,0 +1,176 @@
+"""`psla-tag`: prints the tags of sound files."""
+
+import argparse
+import csv
+import glob
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from psla_sb.cli.options import NO_MODEL, _check_device, add_model, trusted
+
+EXAMPLES = """examples:
+  psla-tag --model results/psla/1/tagger sound.wav
+  psla-tag --model results/psla/1/tagger recordings/ 'more/**/*.flac' --format jsonl > tags.jsonl
+  psla-tag --model results/psla/1/tagger hour.mp3 --events --threshold 0.3 --plot hour.png
+  curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
+
+exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
+
+
+def tag(arguments=None):
+    """`psla-tag`: prints the tags of sound files.
+
+    Arguments
+    ---------
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 0 if all files were tagged, 1 if some could not be, 2 if the command line is wrong.
+
+    Example
+    -------
+    >>> tag(["sound.wav", "--model", "nowhere"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    parser = argparse.ArgumentParser(
+        "psla-tag",
+        description="Tags sound files: what can be heard in them, best first.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="WAV, FLAC, MP3 or Ogg, any sample rate; a folder, with all that is in it; a pattern; - for a WAV file on stdin",
+    )
+    add_model(parser)
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="the least score of a tag; of an event, by default 0.5")
+    parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
+    along = parser.add_mutually_exclusive_group()
+    along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
+    along.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
+    parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
+    parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    if options.top_k < 1:
+        parser.error("--top-k must be 1 or more")
+    if options.threshold is not None and not 0 < options.threshold <= 1:
+        parser.error("--threshold must be above 0 and at most 1")
+    if options.model is None:
+        parser.error(NO_MODEL)
+    if options.plot and not options.plot.lower().endswith(".png"):
+        parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
+    # imports take seconds, and --help and a wrong command line need none
+    from psla_sb.errors import InputError
+    from psla_sb.inference.tagger import AudioTagger
+
+    _check_device(parser, options.device)
+    try:
+        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
+    except InputError as error:
+        parser.error(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        files, missing = _files(options.files, Path(folder) / "stdin.wav")
+        if options.plot and len(files) != 1:
+            parser.error(f"--plot draws one recording, not {len(files)}")
+        for text in missing:
+            print(f"error: {text}", file=sys.stderr)
+        try:
+            failed = _print(_answers(tagger, files, options), options.format)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # whoever read, such as `head`, has had enough; Python must not stumble over it once more at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            failed = True
+    sys.exit(1 if failed or missing else 0)
+
+
+def _files(arguments, stdin):
+    """{path: what the user calls it}, and what could not be found."""
+    from psla_sb.dataio.audio import AUDIO_SUFFIXES
+
+    files, missing = {}, []
+    for argument in arguments:
+        if argument == "-":
+            with open(stdin, "wb") as copy:
+                shutil.copyfileobj(sys.stdin.buffer, copy)
+            found = {str(stdin): "-"}
+        elif os.path.isdir(argument):
+            found = {str(file): str(file) for file in sorted(Path(argument).rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES}
+        elif glob.has_magic(argument) and not os.path.exists(argument):
+            found = {file: file for file in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(file)}
+        else:
+            found = {argument: argument}
+        if not found:
+            missing.append(f"{argument}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")
+        files |= found
+    return files, missing
+
+
+def _answers(tagger, files, options):
+    """Yields for each file what it is called, its rows as dicts, and its error."""
+    from psla_sb.errors import InputError
+    from psla_sb.inference.timeline import events, top_classes
+    from psla_sb.plots.recording import draw
+
+    if not (options.timeline or options.events or options.plot):
+        for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold):
+            yield files[path], tags and [one._asdict() for one in tags], error and error.replace(path, files[path])
+        return
+    for path, name in files.items():
+        try:
+            timeline = tagger.tag_timeline(path)
+            if options.plot:
+                draw(path, timeline, tagger.hparams.sample_rate, options.plot, name)
+            if options.events:
+                found = events(timeline, options.threshold or 0.5)
+                rows = [{**event._asdict(), "start": round(event.start, 3), "end": round(event.end, 3)} for event in found]
+            elif options.timeline:
+                best = [c for c in top_classes(timeline, options.top_k) if timeline.scores[:, c].max() >= (options.threshold or 0)]
+                rows = [
+                    {"time": round(time, 3), "label": timeline.labels[c], "mid": timeline.mids[c], "score": float(scores[c])}
+                    for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True)
+                    for c in best
+                ]
+            else:
+                rows = [one._asdict() for one in tagger.tag_file(path, options.top_k, options.threshold)]
+            yield name, rows, None
+        except (InputError, OSError) as error:
+            yield name, None, str(error).replace(path, name)
+
+
+def _print(answers, form):
+    """Prints the answers as they come, errors on stderr; whether there were any."""
+    failed, all_rows, table = False, {}, None
+    for name, rows, error in answers:
+        if error:
+            failed = True
+            print(f"error: {error}", file=sys.stderr)
+        elif form == "table":
+            print(name)
+            for row in rows:
+                numbers = [f"{value:9.2f} s" for key, value in row.items() if key in ("time", "start", "end")]
+                print("  ".join(["", *numbers, f"{row['score']:.3f}", row["label"]]))
+        elif form == "json":
+            all_rows[name] = rows
+        elif form == "jsonl":
+            print(json.dumps({"file": name, "rows": rows}), flush=True)
+        elif rows:
+            if table is None:
+                table = csv.DictWriter(sys.stdout, ["file", *rows[0]], lineterminator="\n")
+                table.writeheader()
+            table.writerows({"file": name, **row} for row in rows)
+    if form == "json":
+        print(json.dumps(all_rows, indent=1))
+    return failed

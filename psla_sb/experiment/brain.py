@@ -1,0 +1,348 @@
+"""What happens to a batch, and at the end of an epoch."""
+
+import csv
+import inspect
+import logging
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.logger import get_logger
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, write_results
+from psla_sb.checkpoints.weights import persistent_buffers, remember_statistics, save_weights, trained_modules
+from psla_sb.dataio.bad_clips import audio_check, check_audio
+from psla_sb.dataio.batches import ClipBatch
+from psla_sb.errors import InputError, Interrupted
+from psla_sb.files import atomic_write
+from psla_sb.lobes import chain
+from psla_sb.metrics import FIGURES, TaggingStats, summarize
+
+logger = get_logger(__name__)
+EPSILON = 1e-7
+
+
+def binary_cross_entropy(probabilities, targets):
+    """The mean over clips and classes of the binary cross-entropy of probabilities `[batch, classes]` with targets in [0, 1].
+
+    PyTorch's own function stops the program where a probability is not a number; this one gives a loss that is none.
+
+    Example
+    -------
+    >>> binary_cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+    tensor(0.6931)
+    """
+    p, t = probabilities, targets
+    return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+
+
+class TaggingBrain(sb.Brain):
+    """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
+
+    Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `waveform_augment`
+    (by default `mixup` alone), `spec_augment`, `loss`, `schedule` and `train_logger` (one, or a list) are used.
+
+    * Before each batch all random generators are reseeded from (seed, optimizer step, step, rank): a resumed run goes on exactly.
+    * Validation scores all clips, sharded over the ranks, and computes its figures from the collected scores. It writes the scores
+      and the epoch's weights, and reports the ensemble of all epochs so far.
+    * A gradient that is not finite never reaches the weights.
+    * After `request_stop` the run saves at the end of the step (of the accumulation, of a validation) and raises `Interrupted`.
+
+    Example
+    -------
+    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
+    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> modules = {
+    ...     "compute_features": KaldiFbank(n_mels=64),
+    ...     "mean_var_norm": GlobalNorm(),
+    ...     "embedding_model": EfficientNetEncoder("b0"),
+    ...     "classifier": MeanPooling(1280, 5),
+    ... }
+    >>> brain = TaggingBrain(modules, hparams={"modules": modules, "seed": 1, "n_classes": 5}, run_opts={"device": "cpu"})
+    >>> _ = brain.modules.eval()
+    >>> brain.scores(torch.randn(2, 16000), torch.ones(2)).shape
+    torch.Size([2, 5])
+    """
+
+    stop_requested = False
+    audio_checks = {}  # noqa: RUF012 - replaced, never changed
+
+    def scores(self, wavs, wav_lens):
+        """Probabilities without augmentation.
+
+        Arguments
+        ---------
+        wavs : torch.Tensor
+            `[batch, samples]`
+        wav_lens : torch.Tensor
+            `[batch]`, relative lengths.
+
+        Returns
+        -------
+        torch.Tensor
+            `[batch, classes]`
+        """
+        # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
+        return chain.probabilities(self.hparams.modules, wavs, wav_lens)
+
+    def compute_forward(self, batch, stage):
+        """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
+
+        If clips have the scores of a teacher, these follow the targets as further columns, and are mixed as they are.
+        """
+        batch = batch.to(self.device)
+        wavs, wav_lens = batch.sig
+        targets = batch.target.data
+        if hasattr(batch, "teacher"):
+            targets = torch.cat([targets, batch.teacher.data], dim=1)
+        if stage != sb.Stage.TRAIN:
+            return self.scores(wavs, wav_lens), targets
+        wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, sum(batch.partner))
+        return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment), targets
+
+    def augment_waveforms(self, wavs, wav_lens, targets, n_partners):
+        """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone.
+
+        Raises
+        ------
+        InputError
+            The batch has partners for mixup, and nothing in the list mixes; or something changes the number of clips.
+        """
+        mixup = getattr(self.hparams, "mixup", None)
+        for augment in getattr(self.hparams, "waveform_augment", [] if mixup is None else [mixup]):
+            if "targets" in inspect.signature(getattr(augment, "forward", augment)).parameters:
+                wavs, wav_lens, targets = augment(wavs, wav_lens, targets, n_partners)
+                n_partners = 0
+                continue
+            augmented = chain.call(augment, wavs, wav_lens)
+            wavs, wav_lens = augmented if isinstance(augmented, tuple) else (augmented, wav_lens)
+            if len(wavs) != len(targets):
+                raise InputError(f"waveform_augment: {type(augment).__qualname__} made {len(wavs)} clips of {len(targets)}")
+        if n_partners:
+            raise InputError(
+                f"mixup_rate is {self.hparams.mixup_rate}, but nothing in waveform_augment mixes: "
+                "add WaveformMixup, or set mixup_rate to 0"
+            )
+        return wavs, wav_lens, targets
+
+    @property
+    def loss(self):
+        """Takes probabilities and targets `[batch, classes]`."""
+        return getattr(self.hparams, "loss", binary_cross_entropy)
+
+    def compute_objectives(self, predictions, batch, stage):
+        """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
+
+        With a teacher, `distillation_weight` times the cross-entropy with its scores is added (Hinton, Vinyals, Dean, "Distilling
+        the knowledge in a neural network", 2015; for audio tagging, Schmid, Koutini, Widmer, ICASSP 2023).
+        """
+        probabilities, targets = predictions
+        if stage != sb.Stage.TRAIN:
+            self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
+        with torch.autocast(self.device_type, enabled=False):
+            p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
+            loss, *distillation = (self.loss(p, t) for t in targets.split(p.shape[1], dim=1))
+            return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
+
+    def on_fit_batch_start(self, batch, should_step):
+        """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
+        self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
+        self.batch_ids = batch.id
+        rank = int(os.environ.get("RANK", 0))
+        seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
+        torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
+        np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
+        self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
+        if (self.step - 1) % self.grad_accumulation_factor == 0:
+            self.put_statistics_back = remember_statistics(self.modules)
+
+    def check_loss_isfinite(self, loss):
+        """As SpeechBrain's; the clips of batches whose loss is not finite are listed in `nonfinite_batches.csv`.
+
+        Raises
+        ------
+        InputError
+            There were more of these batches in this epoch than `nonfinite_patience`.
+        """
+        if not torch.isfinite(loss):
+            file = Path(self.hparams.output_folder) / "nonfinite_batches.csv"
+            with open(file, "a", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows([self.optimizer_step, self.step, clip] for clip in self.batch_ids)
+            if self.nonfinite_count >= self.nonfinite_patience:
+                raise InputError(
+                    f"the loss was not finite in more than nonfinite_patience={self.nonfinite_patience} batches of this epoch; "
+                    f"{file} lists their clips (optimizer step, step, ID). The weights are as they were before these batches. "
+                    "Lower lr, or look at these clips."
+                )
+        super().check_loss_isfinite(loss)
+
+    def optimizers_step(self):
+        """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
+        gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
+        finite = torch.isfinite(get_total_norm(gradients))
+        if finite or self.scaler.is_enabled():
+            # with a scaler (fp16) SpeechBrain leaves the step out itself
+            super().optimizers_step()
+        else:
+            logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
+            self.zero_grad(set_to_none=True)
+            self.optimizer_step += 1
+        if finite:
+            return
+        self.put_statistics_back()
+
+    def evaluate_batch(self, batch, stage):
+        """As SpeechBrain's, after a look for broken sound files."""
+        self.audio_checks.get(stage, check_audio)(batch)
+        return super().evaluate_batch(batch, stage)
+
+    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
+        """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
+        policy, folder = getattr(self.hparams, "on_bad_audio", "error"), getattr(self.hparams, "output_folder", ".")
+        check = audio_check(policy, folder, stage.name.lower(), len(dataset))
+        self.audio_checks = {**self.audio_checks, stage: check}
+        if stage != sb.Stage.TRAIN:
+            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            size = loader_kwargs.pop("batch_size")
+            n_clips = min(len(dataset), self.debug_batches * size * world_size) if self.debug else len(dataset)
+            starts = range(rank * size, n_clips, world_size * size)
+            loader_kwargs["batch_sampler"] = [range(start, min(start + size, n_clips)) for start in starts]
+            self.n_clips = {**getattr(self, "n_clips", {}), stage: n_clips}
+        if getattr(dataset, "compact", False):
+            loader_kwargs.setdefault("collate_fn", ClipBatch)
+        return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+
+    def _train_loader_specifics(self, dataset, loader_kwargs):
+        # SpeechBrain would wrap the batch sampler, which shards itself; and would not tell it the epoch
+        self.train_sampler = loader_kwargs["batch_sampler"]
+        return loader_kwargs
+
+    def _compile(self):
+        if self.compile and self.compile_module_keys is None:
+            # the compiler's order of operations moves the log of nearly empty mel bands
+            self.compile_module_keys = ["embedding_model", "classifier"]
+        super()._compile()
+
+    def _wrap_distributed(self):
+        # SpeechBrain converts to synchronised batch norm, which has no CPU version, and which PSLA did not use
+        if not self.distributed_launch:
+            return super()._wrap_distributed()
+        for name, module in self.modules.items():
+            if any(p.requires_grad for p in module.parameters()):
+                device_ids = [self.device] if self.device_type == "cuda" else None
+                self.modules[name] = DistributedDataParallel(
+                    module, device_ids=device_ids, find_unused_parameters=self.find_unused_parameters
+                )
+
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+        due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
+        self.stopping = self._any_rank(self.stop_requested)
+        # gradients that wait for the rest of an accumulation are not saved
+        return (due or self.stopping) and self.step % self.grad_accumulation_factor == 0
+
+    def _save_intra_epoch_ckpt(self):
+        super()._save_intra_epoch_ckpt()
+        if self.stopping:
+            raise Interrupted
+
+    def _any_rank(self, flag):
+        if not self.distributed_launch:
+            return flag
+        flag = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def request_stop(self, signum, frame):
+        """A signal handler: asks to finish the step, to save and to stop; a second Ctrl-C stops at once."""
+        if self.stop_requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        logger.warning("%s: finishing the step, then saving. Ctrl-C again leaves at once.", signal.Signals(signum).name)
+
+    def on_fit_start(self):
+        """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
+        super().on_fit_start()
+        # what a killed run wrote of an epoch that it did not finish is written again
+        self.epochs = read_results(self.hparams.output_folder).get("epochs", [])[: self.hparams.epoch_counter.current]
+        self.score_sum = None
+
+    def on_stage_start(self, stage, epoch=None):
+        """Makes room for the scores of a validation or test."""
+        if stage != sb.Stage.TRAIN:
+            self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
+
+    def on_stage_end(self, stage, stage_loss, epoch=None):
+        """Ends an epoch of training or the scoring of a set."""
+        if stage == sb.Stage.TRAIN:
+            self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": stage_loss}
+            self.hparams.schedule.on_epoch_end(self.optimizer, epoch)
+            if self.distributed_launch:
+                # each rank has seen other clips; all evaluate with the statistics of rank 0, which are the ones that are saved
+                for buffer in persistent_buffers(self.modules):
+                    torch.distributed.broadcast(buffer, 0)
+            return
+        self.stats.reduce()
+        if stage == sb.Stage.VALID:
+            self.on_epoch_end(epoch)
+
+    def on_epoch_end(self, epoch):
+        """Records the epoch, then writes a checkpoint; keeps the last and the best by validation mAP."""
+        record = run_on_main(self.record_epoch, [epoch])
+        if self.checkpointer is not None:
+            meta = {"epoch": epoch, "mAP": record["mAP"]}
+            self.checkpointer.save_and_keep_only(meta=meta, max_keys=["mAP"], verbosity=logging.DEBUG)
+        if self._any_rank(self.stop_requested):
+            raise Interrupted
+
+    def record_epoch(self, epoch):
+        """Writes the epoch's scores, weights and figures.
+
+        Returns
+        -------
+        dict
+            The figures.
+        """
+        folder, figures = self.hparams.output_folder, self.stats.summarize()
+        record = {
+            "epoch": epoch,
+            **self.train_figures,
+            "valid_loss": figures["loss"] if self.loss is binary_cross_entropy else self.loss_of(self.stats),
+            **{name: figures[name] for name in FIGURES},
+            "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
+        }
+        self.epochs.append(record)
+        save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
+        write_results(folder, {"epochs": self.epochs})
+        loggers = self.hparams.train_logger
+        for train_logger in loggers if isinstance(loggers, list) else [loggers]:
+            train_logger.log_stats(
+                {"epoch": epoch, "lr": record["lr"]},
+                train_stats={"loss": record["train_loss"]},
+                valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in (*FIGURES, "ensemble_mAP")}},
+            )
+        return record
+
+    def loss_of(self, stats):
+        """A stage's loss, which is not the mean over its batches: a short last one would count like a full one."""
+        return float(self.loss(stats.scores.clamp(EPSILON, 1 - EPSILON), stats.targets))
+
+    def ensemble_with(self, epoch, scores):
+        """Writes an epoch's scores; returns the figures of the mean of the scores of all epochs up to it."""
+        if self.score_sum is None:
+            self.score_sum = np.zeros(scores.shape)
+            for earlier in range(1, epoch):
+                self.score_sum += np.load(prediction_path(self.hparams.output_folder, f"valid_epoch_{earlier:02d}"))
+        with atomic_write(prediction_path(self.hparams.output_folder, f"valid_epoch_{epoch:02d}")) as temporary:
+            np.save(temporary, scores)
+        self.score_sum += scores
+        return summarize(self.score_sum / epoch, self.stats.targets.numpy())
+
+    def on_evaluate_start(self, max_key=None, min_key=None):
+        """Evaluates the weights that are in the modules, where SpeechBrain would load its best checkpoint."""

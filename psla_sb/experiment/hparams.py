@@ -1,0 +1,241 @@
+"""A recipe's command line and its YAML file -> what they describe, or an error that says which key is wrong."""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+
+import ruamel.yaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
+from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.run_opts import RunOptions
+
+from psla_sb.checkpoints.definitions import definitions_text, refer_to_plain_attributes
+from psla_sb.checkpoints.trust import as_names
+from psla_sb.dataio.dataset import CROPS
+from psla_sb.errors import InputError
+from psla_sb.labels.vocabulary import Vocabulary
+
+# Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
+# used only at the end of a training of days.
+PATH_KEYS = ("data_folder", "output_folder", "class_list", "train_annotation", "valid_annotation")
+REQUIRED_KEYS = (
+    *PATH_KEYS,
+    *(
+        "seed",
+        "test_annotation",
+        "skip_prep",
+        "prepare",
+        "sample_rate",
+        "n_classes",
+        "n_frames",
+        "balanced_sampling",
+        "mixup_rate",
+        "label_enhancement",
+    ),
+    *("compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"),
+    *("batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"),
+    *(
+        "average_start",
+        "epoch_counter",
+        "optimizer",
+        "schedule",
+        "train_logger",
+        "checkpointer",
+        "published",
+    ),
+)
+
+
+def prepare(hparams):
+    """Runs the steps that write the annotations, unless `skip_prep` is set.
+
+    Returns
+    -------
+    Vocabulary
+        The classes.
+
+    Raises
+    ------
+    InputError
+        A step fails, or there are not `n_classes` classes.
+
+    Example
+    -------
+    >>> folder = getfixture("tmp_path")
+    >>> hparams = {"skip_prep": True, "prepare": [], "class_list": folder / "classes.csv", "n_classes": 2}
+    >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(hparams["class_list"])
+    >>> prepare(hparams)
+    Vocabulary(2 classes, 'Bell' to 'Rain')
+    """
+    if not hparams["skip_prep"]:
+        for step in hparams["prepare"]:
+            run_on_main(step)
+    vocabulary = Vocabulary.from_csv(hparams["class_list"])
+    if len(vocabulary) != hparams["n_classes"]:
+        raise InputError(
+            f"{hparams['class_list']} has {len(vocabulary)} classes, but n_classes is {hparams['n_classes']}: "
+            f"pass --n_classes={len(vocabulary)}"
+        )
+    return vocabulary
+
+
+def crop_of(key, hparams):
+    """What `train_crop` or `eval_crop` says, by default the first samples.
+
+    Raises
+    ------
+    InputError
+        There is no such crop.
+
+    Example
+    -------
+    >>> crop_of("eval_crop", {"eval_crop": "random"})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: eval_crop must be one of first, centre, not 'random'
+    """
+    crop, allowed = hparams.get(key, "first"), [name for name in CROPS if key == "train_crop" or name != "random"]
+    if crop not in allowed:
+        raise InputError(f"{key} must be one of {', '.join(allowed)}, not {crop!r}")
+    return crop
+
+
+class CommandLine(RunOptions):
+    """SpeechBrain's command line, whose overrides of YAML keys keep `=` and `: ` in their values and cannot be abbreviated.
+
+    Example
+    -------
+    >>> file, run_opts, overrides = CommandLine.from_command_line_args(["psla.yaml", "--device=cpu", "--data_folder=/d/a=b"])
+    >>> file, run_opts["device"], overrides
+    ('psla.yaml', 'cpu', {'data_folder': '/d/a=b'})
+    """
+
+    @classmethod
+    def _create_parser(cls):
+        parser = RunOptions._create_parser()
+        parser.allow_abbrev = False
+        for action in parser._actions:
+            if action.dest == "optimizer_step_limit":
+                # SpeechBrain leaves it a string, which no step number is equal to or above
+                action.type = int
+        parser.description = "Trains a tagger as a YAML file says, and evaluates it. --KEY=VALUE overrides any key of the file."
+        return parser
+
+    @staticmethod
+    def _convert_to_yaml(overrides):
+        values, trusted, arguments = {}, [], list(overrides)
+        while arguments:
+            argument = arguments.pop(0)
+            if not argument.startswith("--"):
+                raise InputError(f"'{argument}': an override of a YAML key is written --KEY=VALUE")
+            key, equals, value = argument[2:].partition("=")
+            if not equals:
+                if not arguments or arguments[0].startswith("--"):
+                    raise InputError(f"'{argument}' has no value: an override of a YAML key is written --KEY=VALUE")
+                value = arguments.pop(0)
+            try:
+                values[key] = ruamel.yaml.YAML().load(value)
+            except ruamel.yaml.YAMLError:
+                values[key] = value
+            # a path with '#', ': ' or a date in it is text; so is all that is not meant as YAML
+            number = isinstance(values[key], (bool, int, float)) or values[key] is None
+            if not value.lstrip().startswith(("{", "[", "!", '"', "'")) and ("#" in value or not number):
+                values[key] = value
+            if key == "trust" and isinstance(values[key], (str, list)):
+                # as at every other command it can be given several times
+                trusted += as_names(values[key])
+        return {**values, "trust": trusted} if trusted else values
+
+
+def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS, if_there=()):
+    """Builds what a YAML file describes.
+
+    Arguments
+    ---------
+    file : str or Path
+        The YAML file.
+    overrides : dict
+        Values that replace those of its keys.
+    required, paths : sequence of str
+        Keys that must be there, and those of them whose values must be paths; by default those of a training.
+    if_there : dict, optional
+        Overrides of keys that a file need not have.
+
+    Raises
+    ------
+    InputError
+        The file is not YAML, an override names no key of it, a key that must be given is not, or something that the file
+        describes cannot be built.
+
+    Example
+    -------
+    >>> file = getfixture("tmp_path") / "psla.yaml"
+    >>> _ = file.write_text("\\n".join(f"{key}: x" for key in REQUIRED_KEYS))
+    >>> load_hparams(file, {"data_folder": "/data"})["data_folder"]
+    '/data'
+    >>> load_hparams(file, {"data_folder": "/data", "batchsize": 1})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: ...psla.yaml has no key 'batchsize'. Did you mean 'batch_size'?
+    """
+    try:
+        keys = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
+    except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not a YAML file: {error}") from None
+    if not isinstance(keys, dict):
+        raise InputError(f"{file}: has no keys; recipes/AudioSet/hparams/psla.yaml is an example of a recipe's file")
+    # every recipe can be told whom to trust, also by a YAML file of before there was such a key
+    trust = as_names(overrides.get("trust", keys.get("trust")))
+    overrides = {key: value for key, value in overrides.items() if key != "trust"}
+    overrides = {key: value for key, value in dict(if_there).items() if key in keys} | overrides
+    for key in overrides:
+        if key not in keys:
+            near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
+            raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+    for key, value in keys.items():
+        if getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER" and key not in overrides:
+            what = (
+                "the folder with the data set, see the recipe's README.md" if key == "data_folder" else "see the key in that file"
+            )
+            raise InputError(f"{file} needs --{key}=... ({what}). Without any data, run hparams/mini.yaml: it makes its own.")
+    missing = [key for key in required if key not in keys]
+    if missing:
+        raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
+    # before anything is built: building makes folders
+    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
+    # parts of one's own may lie in a file beside the YAML file, or where the command is run
+    sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
+    try:
+        with open(file, encoding="utf-8") as stream:
+            resolved = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+        if "embedding_model" in resolved:
+            refer_to_plain_attributes(resolved, resolved)
+        hparams = load_hyperpyyaml(definitions_text(resolved))
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
+        reason = ": ".join(map(str, error.args)) or error
+        raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
+    check_paths(file, {key: hparams[key] for key in paths})
+    return {**hparams, "trust": trust}
+
+
+def check_paths(file, values):
+    """Refuses values of path keys that are no text.
+
+    Raises
+    ------
+    InputError
+        One is not.
+
+    Example
+    -------
+    >>> check_paths("mini.yaml", {"output_folder": 2024})
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: mini.yaml: the key 'output_folder' must be a path, not 2024 (a number needs quotes: '"2024"')
+    """
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise InputError(f"{file}: the key '{key}' must be a path, not {value!r} (a number needs quotes: '\"2024\"')")

@@ -1,0 +1,125 @@
+"""How a recipe's script runs: processes, signals, exit statuses, and errors in one line."""
+
+import dataclasses
+import errno
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from speechbrain.utils.distributed import ddp_init_group, if_main_process
+
+from psla_sb.dataio.audio import AudioError
+from psla_sb.dataio.dataset import end_workers
+from psla_sb.errors import InputError, Interrupted
+from psla_sb.experiment.hparams import CommandLine
+
+EXIT_BAD_INPUT = 2
+# sysexits.h: a temporary failure, try again. torchrun does not pass it on.
+EXIT_INTERRUPTED = 75
+# a file size limit is how some clusters enforce a quota
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def main(recipe, job, arguments=None):
+    """Runs a recipe; what is wrong with the input is printed without a traceback.
+
+    Arguments
+    ---------
+    recipe : str
+        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
+    job : callable
+        What is done with the YAML file, the run options and the overrides.
+    arguments : list of str, optional
+        The command line, by default `sys.argv[1:]`.
+
+    Raises
+    ------
+    SystemExit
+        With status 2, if the input is wrong or the disk is full; 75, if the run was interrupted by SIGTERM or Ctrl-C and has saved
+        its state.
+
+    Example
+    -------
+    >>> main("recipes/AudioSet/train.py", print, ["hparams/nothing.yaml"])
+    Traceback (most recent call last):
+    ...
+    SystemExit: 2
+    """
+    handlers = [signal.getsignal(signum) for signum in STOP_SIGNALS]
+    try:
+        file, run_opts, overrides = CommandLine.from_command_line_args(arguments)
+        beside = Path(recipe).resolve().parent / file
+        if not Path(file).is_file() and not beside.is_file():
+            raise InputError(f"{file}: no such file, neither here nor in {beside.parent.parent}")
+        try:
+            torch.empty(0, device=run_opts.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"--device={run_opts.device} cannot be used: {reason}") from None
+        job(file if Path(file).is_file() else beside, run_opts, overrides)
+    except Interrupted:
+        if if_main_process():
+            print("Interrupted, and saved. The same command goes on from here.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        file = error.filename2 or error.filename or "a file of the output folder"
+        print(
+            f"error: {file}: cannot be written ({error.strerror}). All that was saved before is as it was: make room, and the same "
+            "command goes on from it.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_BAD_INPUT)
+    except InputError as error:
+        # a broken sound file is known only to the process that read it
+        if if_main_process() or isinstance(error, AudioError):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit("Stopped at once. The same command goes on from what was saved last.")
+    finally:
+        for signum, handler in zip(STOP_SIGNALS, handlers, strict=True):
+            signal.signal(signum, handler)
+        end_workers()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def stop(signum, frame):
+    """A signal handler for where nothing has to be saved first.
+
+    Example
+    -------
+    >>> stop(signal.SIGTERM, None)
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.Interrupted
+    """
+    raise Interrupted
+
+
+def start_processes(run_opts):
+    """Joins the processes that torchrun has started, if it has.
+
+    Returns
+    -------
+    RunOptions
+        With defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
+
+    Example
+    -------
+    >>> start_processes(CommandLine.from_dictionary({"noprogressbar": True})).noprogressbar
+    True
+    """
+    defaults = {}
+    if not torch.cuda.is_available() or str(run_opts.device).startswith("cpu"):
+        defaults["distributed_backend"] = "gloo"
+    if not sys.stderr.isatty():
+        defaults["noprogressbar"] = True
+    defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
+    run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
+    ddp_init_group(run_opts)
+    return run_opts

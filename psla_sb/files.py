@@ -1,0 +1,135 @@
+"""Files that appear whole or not at all, and folders that one process at a time writes to."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from speechbrain.utils.logger import get_logger
+
+from psla_sb.errors import InputError
+
+logger = get_logger(__name__)
+UNFINISHED = "tmp+"
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def write_errors(path):
+    """What the several libraries raise when they cannot write, as one clear error.
+
+    Raises
+    ------
+    InputError
+        In place of what is raised within.
+
+    Example
+    -------
+    >>> with write_errors("results/figures.json"):
+    ...     raise OSError(28, "No space left on device")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: results/figures.json: cannot be written (No space left on device...). ...
+    """
+    try:
+        yield
+    # PyTorch raises RuntimeErrors; numpy OSErrors without a number
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        free = shutil.disk_usage(folder).free // 2**20
+        # what PyTorch says of a full disk is of no use
+        reason = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if free else "the disk is full")
+        raise InputError(
+            f"{path}: cannot be written ({reason}; {free} MiB are free there). All that was saved before is as it was: make room, "
+            "and the same command goes on from it."
+        ) from error
+
+
+def flush(path):
+    """Makes the operating system write a file, or a folder's list of files, to disk.
+
+    Example
+    -------
+    >>> flush(getfixture("tmp_path"))
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Gives the name to write to; the file gets its own name once it is written and flushed, or never.
+
+    Arguments
+    ---------
+    path : str or Path
+        The file to write. Its folder is made if there is none.
+
+    Raises
+    ------
+    InputError
+        The disk is full, or cannot be written to. An earlier file of this name is as it was.
+
+    Example
+    -------
+    >>> path = getfixture("tmp_path") / "results" / "figures.json"
+    >>> with atomic_write(path) as temporary:
+    ...     _ = temporary.write_text("{}")
+    >>> path.read_text()
+    '{}'
+    """
+    path = Path(path)
+    # the name keeps its ending: numpy and others choose the format by it
+    temporary = path.with_name(f"{UNFINISHED}{path.name}")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def one_process(folder):
+    """Waits until no other process on this machine, or on this file system if it can tell, is in such a block for the folder.
+
+    The workers of a process that was killed belong to it until they have noticed.
+
+    Arguments
+    ---------
+    folder : str or Path
+        Made if there is none; the file `.lock` in it stays.
+
+    Raises
+    ------
+    InputError
+        The folder cannot be written to.
+
+    Example
+    -------
+    >>> with one_process(getfixture("tmp_path")):
+    ...     pass
+    """
+    lock = Path(folder) / LOCK
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "w")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{lock.parent}: cannot be written to ({error.strerror}); choose another folder") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Another process is at work in %s; waiting for it to end.", lock.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            # a file system without locks: several processes at once are then the user's business
+            logger.info("%s: its file system has no locks; start no second process that writes there.", lock.parent)
+        yield

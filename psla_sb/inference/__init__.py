@@ -1,0 +1,5 @@
+"""Trained taggers at work."""
+
+from psla_sb.inference.tagger import AudioTagger
+
+__all__ = ["AudioTagger"]
