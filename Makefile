@@ -24,6 +24,7 @@ test-browser: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv

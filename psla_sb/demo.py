@@ -8,17 +8,18 @@ import math
 import os
 import signal
 import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
 
 from psla_sb.dataio.audio import AUDIO_SUFFIXES, read_blocks
 from psla_sb.errors import InputError
-from psla_sb.inference.tagger import Tag
-from psla_sb.inference.timeline import Timeline, events
+from psla_sb.inference.tagger import AudioTagger, Tag
+from psla_sb.inference.timeline import Timeline, events, top_classes
 from psla_sb.lobes.features import n_frames_of
 from psla_sb.plots.recording import overview
 
@@ -51,54 +52,25 @@ code {overflow-wrap: anywhere}
 }
 """
 
+Paths = Sequence[str | Path]
+
 
 class Heard(NamedTuple):
-    """What there is to show of a sound.
-
-    `tags` are all classes, best first: of the clip as a whole (`AudioTagger.tag_file`) if `whole`; otherwise, since the recording
-    is longer than what the model hears at a time, each class with its highest score along the `timeline`, which is None for a model
-    that says no times. `extremes`, `energies` and `column` are those of `plots.recording.overview`; `seconds` is its duration.
-
-    Example
-    -------
-    >>> Heard("rain.wav", 2.0, True, [Tag("Rain", "/m/06mb1", 0.9)], None, None, None, 0.01).tags[0].label
-    'Rain'
-    """
+    """Holds what there is to show of a sound."""
 
     name: str
     seconds: float
-    whole: bool
-    tags: list
-    timeline: Timeline
-    extremes: np.ndarray
+    whole: bool  # whether it is no longer than what the model hears at a time
+    tags: list[Tag]  # all classes, best first: of the clip as a whole, or each with its highest score along the timeline
+    timeline: Timeline | None  # None for a model that says no times
+    extremes: np.ndarray  # this and the next two: see `plots.recording.overview`
     energies: np.ndarray
     column: float
 
 
-def listen(tagger, path, progress=lambda share, desc: None):
-    """Tags a sound of any length.
-
-    Arguments
-    ---------
-    tagger : AudioTagger
-        The model.
-    path : str or Path
-        See `AudioTagger.tag_file`.
-    progress : callable, optional
-        Is called with the share that is done, in [0, 1], and with words for it.
-
-    Returns
-    -------
-    Heard
-        What to show of it.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, or its samples are too large.
-    """
-    rate, seconds = tagger.hparams.sample_rate, _seconds(path)
-    timeline = None
+def listen(tagger: AudioTagger, path: str | Path, progress: Callable[[float, str], Any] = lambda share, desc: None) -> Heard:
+    """Tags a sound of any length; `progress` is called with the share that is done, in [0, 1], and with words for it."""
+    rate, seconds, timeline = tagger.hparams.sample_rate, _seconds(path), None
     if tagger.has_timeline:
         with _counted(tagger, seconds, progress):
             timeline = tagger.tag_timeline(path, WINDOW, HOP)
@@ -107,13 +79,13 @@ def listen(tagger, path, progress=lambda share, desc: None):
     if whole or timeline is None:
         tags = tagger.tag_file(path, top_k=len(tagger.hparams.mids))
     else:
-        peaks = timeline.scores.max(axis=0)
-        tags = [Tag(timeline.labels[c], timeline.mids[c], float(peaks[c])) for c in np.argsort(-peaks, kind="stable")]
+        best = top_classes(timeline, len(timeline.labels))
+        tags = [Tag(timeline.labels[c], timeline.mids[c], float(timeline.scores[:, c].max())) for c in best]
     extremes, energies, column = overview(read_blocks(path, rate), rate, seconds)
     return Heard(Path(path).name, seconds, whole, tags, timeline, extremes.numpy(), energies.numpy(), column)
 
 
-def _seconds(path):
+def _seconds(path: str | Path) -> float:
     try:
         return soundfile.info(str(path)).duration
     except (soundfile.SoundFileError, OSError):
@@ -122,7 +94,7 @@ def _seconds(path):
 
 
 @contextmanager
-def _counted(tagger, seconds, progress):
+def _counted(tagger: AudioTagger, seconds: float, progress: Callable[[float, str], Any]) -> Iterator[None]:
     """Reports how many of a recording's windows the model has been given."""
     length, hop, _ = tagger.window_and_hop(WINDOW, HOP)
     total, done = 1 + max(0, math.ceil((seconds * tagger.hparams.sample_rate - length) / hop)), 0
@@ -133,15 +105,13 @@ def _counted(tagger, seconds, progress):
         share = min(1.0, done / total)
         progress(share, f"heard {clock(share * seconds)} of {clock(seconds)}")
 
-    hook = tagger.mods.compute_features.register_forward_hook(count)
-    try:
+    # taken off again at the end, also after an error
+    with tagger.mods.compute_features.register_forward_hook(count):
         yield
-    finally:
-        hook.remove()
 
 
-def clock(seconds):
-    """A time as people read it.
+def clock(seconds: float) -> str:
+    """Writes a time as people read it.
 
     Example
     -------
@@ -153,17 +123,8 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
 
 
-def event_rows(heard, threshold):
-    """The table of events: class, start, end and highest score, and how many events there are.
-
-    If there are more than a page can show, the best-scored are in the table.
-
-    Example
-    -------
-    >>> timeline = Timeline(np.array([0.5, 1.5]), np.array([[0.1], [0.75]]), ["Rain"], ["/m/06mb1"])
-    >>> event_rows(Heard("rain.wav", 1.9, True, [], timeline, None, None, 0.01), threshold=0.5)
-    ([['Rain', '0:01.0', '0:01.9', '0.75']], 1)
-    """
+def event_rows(heard: Heard, threshold: float) -> tuple[list[list[str]], int]:
+    """Makes the table of events (class, start, end, highest score); too many are cut to the best-scored; and counts them all."""
     found = [] if heard.timeline is None else events(heard.timeline, threshold)
     shown = sorted(sorted(found, key=lambda event: -event.score)[:MAX_EVENTS], key=lambda event: event.start)
     # a clip's last step may reach beyond its end
@@ -171,19 +132,13 @@ def event_rows(heard, threshold):
     return rows, len(found)
 
 
-def note(heard):
-    """What the page says of where the tags come from."""
+def note(heard: Heard) -> str:
+    """Says on the page where the tags come from."""
     return BEGINNING if heard.timeline is None else WHOLE if heard.whole else PEAKS
 
 
-def picture(heard, n_classes):
-    """Draws waveform, spectrogram and timeline on one time axis; see `psla_sb.plots.recording.recording`.
-
-    Returns
-    -------
-    PIL.Image.Image
-        The picture.
-    """
+def picture(heard: Heard, n_classes: int) -> Any:
+    """Draws waveform, spectrogram and timeline on one time axis, see `psla_sb.plots.recording.recording`: a `PIL.Image.Image`."""
     from PIL import Image  # comes with matplotlib, which is imported only to draw
 
     from psla_sb.plots.recording import recording
@@ -195,7 +150,7 @@ def picture(heard, n_classes):
             return image.convert("RGB")
 
 
-def _gradio():
+def _gradio() -> Any:
     # it must not say to its makers that it is used, and it reads this when it is imported
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
@@ -205,28 +160,8 @@ def _gradio():
     return gradio
 
 
-def build_page(tagger, source="", examples=()):
-    """The page.
-
-    Arguments
-    ---------
-    tagger : AudioTagger
-        The model.
-    source : str
-        What the model is called on the page.
-    examples : iterable of str or Path
-        Sound files that are offered.
-
-    Returns
-    -------
-    gradio.Blocks
-        The page, to be served by `launch`.
-
-    Raises
-    ------
-    InputError
-        Gradio is not installed.
-    """
+def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> Any:
+    """Builds the page, a `gradio.Blocks`: `source` is what the model is called there, `examples` are sound files on offer."""
     gr, model = _gradio(), tagger.hparams
     length = f"{tagger.n_samples / model.sample_rate:.3g} s at a time" if tagger.n_samples else "clips of any length"
 
@@ -260,16 +195,10 @@ def build_page(tagger, source="", examples=()):
         )
         with gr.Row():
             with gr.Column():
-                sound = gr.Audio(
-                    sources=["upload", "microphone"],
-                    type="filepath",
-                    label="Sound",
-                    editable=False,
-                    buttons=["download"],
-                    # the browser's own player need not decode an hour of sound before it plays
-                    waveform_options=gr.WaveformOptions(show_recording_waveform=False),
-                    elem_id="sound",
-                )
+                # the browser's own player need not decode an hour of sound before it plays
+                player = {"editable": False, "waveform_options": gr.WaveformOptions(show_recording_waveform=False)}
+                ways = {"sources": ["upload", "microphone"], "type": "filepath", "buttons": ["download"]}
+                sound = gr.Audio(label="Sound", elem_id="sound", **ways, **player)
                 told = gr.HTML(START, elem_id="told")
                 if examples:
                     names = [Path(example).name for example in examples]
@@ -279,9 +208,8 @@ def build_page(tagger, source="", examples=()):
                 most = min(20, len(model.mids))
                 k = gr.Slider(1, most, min(N_CLASSES, most), step=1, label="Classes shown", buttons=[])
         with gr.Column(visible=False) as below:
-            drawn = gr.Image(
-                label="Timeline", format="png", buttons=["download", "fullscreen"], elem_id="picture", interactive=False
-            )
+            whole = {"format": "png", "buttons": ["download", "fullscreen"], "interactive": False}
+            drawn = gr.Image(label="Timeline", elem_id="picture", **whole)
             threshold = gr.Slider(0.05, 0.95, THRESHOLD, step=0.05, label="Least score of an event", buttons=[])
             table = gr.Dataframe(headers=COLUMNS, column_widths=WIDTHS, wrap=True, interactive=False, buttons=[], elem_id="events")
         # one at a time, whoever asks: matplotlib's style and the count of windows are the process's own
@@ -293,24 +221,13 @@ def build_page(tagger, source="", examples=()):
     return page
 
 
-def launch(tagger, source="", examples=(), host="127.0.0.1", port=7860, browser=False):
+def launch(
+    tagger: AudioTagger, source: str = "", examples: Paths = (), host: str = "127.0.0.1", port: int = 7860, browser: bool = False
+) -> None:
     """Serves the page until Ctrl-C or SIGTERM; uploaded sounds are deleted then, and after some hours.
 
-    Arguments
-    ---------
-    tagger, source, examples
-        See `build_page`.
-    host : str
-        The address to listen at; "0.0.0.0" lets other machines in.
-    port : int
-        The port to listen at.
-    browser : bool
-        Whether to open the page in this machine's browser.
-
-    Raises
-    ------
-    InputError
-        Gradio is not installed, or the port is in use.
+    A `host` of "0.0.0.0" lets other machines in; `browser` opens the page in this machine's. An InputError is raised if the
+    port is in use.
     """
     with tempfile.TemporaryDirectory() as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
@@ -319,43 +236,19 @@ def launch(tagger, source="", examples=(), host="127.0.0.1", port=7860, browser=
         try:
             page = build_page(tagger, source, examples)
             fonts = ["system-ui", "sans-serif"]  # none from the network
-            page.launch(
-                server_name=host,
-                server_port=port,
-                inbrowser=browser,
-                share=False,
-                quiet=True,
-                max_file_size=MAX_FILE_SIZE,
-                state_session_capacity=100,
-                ssr_mode=False,
-                run_history=False,
-                enable_monitoring=False,
-                footer_links=[],
-                theme=gr.themes.Default(primary_hue="blue", font=fonts, font_mono=fonts),
-                css=CSS,
-                prevent_thread_lock=True,
-            )
+            look = {"theme": gr.themes.Default(primary_hue="blue", font=fonts, font_mono=fonts), "css": CSS, "footer_links": []}
+            limits = {"max_file_size": MAX_FILE_SIZE, "state_session_capacity": 100}
+            switches = dict.fromkeys(("share", "ssr_mode", "run_history", "enable_monitoring"), False)
+            address = {"server_name": host, "server_port": port, "inbrowser": browser}
+            page.launch(**address, **look, **limits, **switches, quiet=True, prevent_thread_lock=True)
         except OSError:
             raise InputError(f"--port {port} at --host {host} is in use, or may not be used: choose another") from None
         print(f"The page is at {page.local_url} (Ctrl-C ends it)", flush=True)
         page.block_thread()
 
 
-def example_files(folder):
-    """The first sound files of a folder, by name.
-
-    Raises
-    ------
-    InputError
-        There are none.
-
-    Example
-    -------
-    >>> example_files("nowhere")
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: nowhere: no sound files (.wav, .flac, .mp3, .ogg) there
-    """
+def example_files(folder: str | Path) -> list[Path]:
+    """Lists the first sound files of a folder, by name; if there are none, an InputError is raised."""
     files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
     if not files:
         raise InputError(f"{folder}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")

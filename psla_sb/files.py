@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,28 +18,13 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def write_errors(path):
-    """What the several libraries raise when they cannot write, as one clear error.
-
-    Raises
-    ------
-    InputError
-        In place of what is raised within.
-
-    Example
-    -------
-    >>> with write_errors("results/figures.json"):
-    ...     raise OSError(28, "No space left on device")
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: results/figures.json: cannot be written (No space left on device...). ...
-    """
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Turns what the several libraries raise when they cannot write into one clear `InputError`."""
     try:
         yield
     # PyTorch raises RuntimeErrors; numpy OSErrors without a number
     except (OSError, RuntimeError, SafetensorError) as error:
-        folder = next(folder for folder in Path(path).absolute().parents if folder.exists())
-        free = shutil.disk_usage(folder).free // 2**20
+        free = shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.exists())).free // 2**20
         # what PyTorch says of a full disk is of no use
         reason = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if free else "the disk is full")
         raise InputError(
@@ -47,13 +33,9 @@ def write_errors(path):
         ) from error
 
 
-def flush(path):
-    """Makes the operating system write a file, or a folder's list of files, to disk.
-
-    Example
-    -------
-    >>> flush(getfixture("tmp_path"))
-    """
+def flush(path: str | Path) -> None:
+    """Makes the operating system write a file, or a folder's list of files, to disk."""
+    # open() refuses folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -62,18 +44,10 @@ def flush(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Gives the name to write to; the file gets its own name once it is written and flushed, or never.
 
-    Arguments
-    ---------
-    path : str or Path
-        The file to write. Its folder is made if there is none.
-
-    Raises
-    ------
-    InputError
-        The disk is full, or cannot be written to. An earlier file of this name is as it was.
+    The folder is made if there is none. What cannot be written is an `InputError`, and an earlier file of this name stays.
 
     Example
     -------
@@ -90,6 +64,7 @@ def atomic_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            # before the rename: a crash could otherwise leave an empty file under the right name
             flush(temporary)
             os.replace(temporary, path)
         finally:
@@ -97,25 +72,11 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def one_process(folder):
+def one_process(folder: str | Path) -> Iterator[None]:
     """Waits until no other process on this machine, or on this file system if it can tell, is in such a block for the folder.
 
-    The workers of a process that was killed belong to it until they have noticed.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Made if there is none; the file `.lock` in it stays.
-
-    Raises
-    ------
-    InputError
-        The folder cannot be written to.
-
-    Example
-    -------
-    >>> with one_process(getfixture("tmp_path")):
-    ...     pass
+    The folder is made if there is none; its file `.lock` stays. The workers of a process that was killed hold the lock as well,
+    until they have noticed.
     """
     lock = Path(folder) / LOCK
     try:

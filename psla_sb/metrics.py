@@ -1,6 +1,11 @@
-"""Figures of merit of audio tagging: average precision, area under the ROC curve, d-prime, and what a stage collects for them."""
+"""Figures of merit of audio tagging: average precision, area under the ROC curve, d-prime, and what a stage collects for them.
+
+A figure that is added to `METRICS` is in every row of `results.json`, in every table and on every model card.
+"""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,22 +17,58 @@ SCORE_FLOOR = 1e-7
 CLASS_BLOCK = 32
 
 
-def average_precision(scores, targets):
-    """Average precision of every class: scikit-learn's `average_precision_score`, all classes at once.
+class Evaluation(NamedTuple):
+    """What figures are computed from: scores and targets `[clips, classes]`, AP and AUC `[classes]`, NaN where undefined."""
+
+    scores: np.ndarray
+    targets: np.ndarray
+    ap: np.ndarray
+    auc: np.ndarray
+
+
+class Metric(NamedTuple):
+    """A figure: how it is computed, what it means, and how a table's column shows it."""
+
+    compute: Callable[[Evaluation], float]
+    meaning: str
+    title: str
+    column: str
+
+
+METRICS = {
+    "mAP": Metric(lambda e: _mean_of_defined(e.ap), "mean over the classes of the average precision", "mAP", "9.4f"),
+    "mAUC": Metric(lambda e: _mean_of_defined(e.auc), "mean over the classes of the area under the ROC curve", "mAUC", "8.4f"),
+    "d_prime": Metric(
+        lambda e: float(d_prime(_mean_of_defined(e.auc))), "sqrt(2) times the inverse normal CDF of mAUC", "d-prime", "9.3f"
+    ),
+}
+
+
+def table_heads() -> str:
+    """The titles of all figures, as wide as what `table_cells` gives."""
+    return "".join(f"{metric.title:>{metric.column.partition('.')[0]}}" for metric in METRICS.values())
+
+
+def table_cells(figures: Mapping[str, Any]) -> str:
+    """Figures as the cells of a table's row; those that a row lacks are left empty at its end."""
+    return "".join(f"{figures[name]:{metric.column}}" for name, metric in METRICS.items() if name in figures)
+
+
+def average_precision(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Computes the average precision of every class: scikit-learn's `average_precision_score`, all classes at once.
 
     With P positive clips, the mean over them of (positives with at least this score) / (clips with at least this score).
 
     Arguments
     ---------
-    scores : np.ndarray | torch.Tensor
-        [clips, classes], any range. Compared exactly, in their own precision.
-    targets : np.ndarray | torch.Tensor
-        [clips, classes], 0 or 1.
+    scores
+        `[clips, classes]`, any range. Compared exactly, in their own precision.
+    targets
+        `[clips, classes]`, 0 or 1.
 
     Returns
     -------
-    np.ndarray
-        float64 [classes], NaN for a class without a positive clip.
+    float64 `[classes]`, NaN for a class without a positive clip.
 
     Raises
     ------
@@ -42,27 +83,11 @@ def average_precision(scores, targets):
     return _ap_and_auc(scores, targets)[0]
 
 
-def roc_auc(scores, targets):
-    """Area under the ROC curve of every class: scikit-learn's `roc_auc_score`, all classes at once.
+def roc_auc(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor) -> np.ndarray:
+    """Computes the area under the ROC curve of every class: scikit-learn's `roc_auc_score`, all classes at once.
 
-    The probability that a positive clip scores higher than a negative one, ties counting half (Mann-Whitney).
-
-    Arguments
-    ---------
-    scores : np.ndarray | torch.Tensor
-        [clips, classes], any range. Compared exactly, in their own precision.
-    targets : np.ndarray | torch.Tensor
-        [clips, classes], 0 or 1.
-
-    Returns
-    -------
-    np.ndarray
-        float64 [classes], NaN for a class without a positive or without a negative clip.
-
-    Raises
-    ------
-    ValueError
-        If shapes differ, a score is NaN or a target is neither 0 nor 1.
+    The probability that a positive clip scores higher than a negative one, ties counting half (Mann-Whitney). Arguments and
+    errors as of `average_precision`; NaN for a class without a positive or without a negative clip.
 
     Example
     -------
@@ -72,18 +97,8 @@ def roc_auc(scores, targets):
     return _ap_and_auc(scores, targets)[1]
 
 
-def d_prime(auc):
-    """Sensitivity index: sqrt(2) times the inverse normal CDF of the area under the ROC curve.
-
-    Arguments
-    ---------
-    auc : float | np.ndarray
-        Area under the ROC curve, 0 to 1.
-
-    Returns
-    -------
-    float | np.ndarray
-        float64 of the same shape.
+def d_prime(auc: float | np.ndarray) -> float | np.ndarray:
+    """Computes the sensitivity index: sqrt(2) times the inverse normal CDF of the area under the ROC curve.
 
     Example
     -------
@@ -94,26 +109,11 @@ def d_prime(auc):
     return index if np.ndim(auc) else float(index)
 
 
-def summarize(scores, targets):
-    """The figures of one evaluation.
+def summarize(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor) -> dict[str, Any]:
+    """Computes the figures of one evaluation.
 
-    Arguments
-    ---------
-    scores : np.ndarray | torch.Tensor
-        [clips, classes], probabilities.
-    targets : np.ndarray | torch.Tensor
-        [clips, classes], 0 or 1.
-
-    Returns
-    -------
-    dict
-        `mAP` and `mAUC`, means over the classes that have one; `d_prime` of mAUC; `loss`, the binary cross-entropy, mean over
-        clips and classes; `n_classes_left_out`, the number of classes without a positive clip, which have no AP.
-
-    Raises
-    ------
-    ValueError
-        If shapes differ, a score is NaN or a target is neither 0 nor 1.
+    Those of `METRICS`; `loss`, the binary cross-entropy, mean over clips and classes; and `n_classes_left_out`, the number of
+    classes without a positive clip, which have no AP. Arguments and errors as of `average_precision`.
 
     Example
     -------
@@ -121,28 +121,14 @@ def summarize(scores, targets):
     >>> summarize(scores, targets)
     {'mAP': 1.0, 'mAUC': 1.0, 'd_prime': inf, 'loss': 0.228..., 'n_classes_left_out': 1}
     """
-    return _summarize(scores, targets, *_ap_and_auc(scores, targets))
+    return _summarize(Evaluation(_to_numpy(scores), _to_numpy(targets), *_ap_and_auc(scores, targets)))
 
 
 class TaggingStats:
-    """The scores of a stage, by clip, and the figures that follow from them.
+    """Collects the scores of a stage, `scores` and `targets` float32 `[clips, classes]`, and computes their figures.
 
     Every rank fills the rows of its own clips; `reduce` adds the ranks' arrays up. As all other rows are zero, the sum is what
     one process would have collected, to the last bit, however the clips were shared out.
-
-    Arguments
-    ---------
-    n_clips : int
-        Number of clips in the whole set.
-    n_classes : int
-        Number of classes.
-
-    Attributes
-    ----------
-    scores, targets : torch.Tensor
-        float32 [clips, classes].
-    ap, auc : np.ndarray
-        float64 [classes], NaN where undefined; there after `summarize`.
 
     Example
     -------
@@ -150,40 +136,16 @@ class TaggingStats:
     >>> stats.append([2, 0], torch.tensor([[0.7, 0.6], [0.9, 0.1]]), torch.tensor([[0, 1], [1, 0]]))
     >>> stats.append([1], torch.tensor([[0.8, 0.2]]), torch.tensor([[1, 0]]))
     >>> stats.reduce()
-    >>> stats.summarize()["mAP"]
-    1.0
-    >>> stats.ap
-    array([1., 1.])
+    >>> stats.summarize()["mAP"], stats.ap
+    (1.0, array([1., 1.]))
     """
 
-    def __init__(self, n_clips, n_classes):
-        self.scores = torch.zeros(n_clips, n_classes)
-        self.targets = torch.zeros(n_clips, n_classes)
+    def __init__(self, n_clips: int, n_classes: int):
+        self.scores, self.targets = torch.zeros(n_clips, n_classes), torch.zeros(n_clips, n_classes)
         self._n_times = torch.zeros(n_clips, dtype=torch.int32)
 
-    def append(self, index, scores, targets):
-        """Write a batch into the rows of its clips.
-
-        Arguments
-        ---------
-        index : array_like
-            [batch], the clips' rows in the whole set.
-        scores, targets : torch.Tensor | np.ndarray
-            [batch, classes], on any device.
-
-        Raises
-        ------
-        ValueError
-            If the shapes do not fit.
-
-        Example
-        -------
-        >>> stats = TaggingStats(n_clips=2, n_classes=1)
-        >>> stats.append([1], torch.tensor([[0.5]]), torch.tensor([[1]]))
-        >>> stats.scores
-        tensor([[0.0000],
-                [0.5000]])
-        """
+    def append(self, index: Any, scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor) -> None:
+        """Writes a batch, `[batch, classes]` on any device, into the rows of its clips, `index` `[batch]`."""
         index = torch.as_tensor(index, dtype=torch.int64, device="cpu")
         shape = (*index.shape, self.scores.shape[1])
         if index.ndim != 1 or tuple(scores.shape) != shape or tuple(targets.shape) != shape:
@@ -195,13 +157,8 @@ class TaggingStats:
         self.scores[index] = _to_float32(scores)
         self.targets[index] = _to_float32(targets)
 
-    def reduce(self):
-        """Add up what the ranks have collected; to be called once, on every rank. One process has only its clips checked.
-
-        Raises
-        ------
-        RuntimeError
-            If a clip was scored by no rank or more than once.
+    def reduce(self) -> None:
+        """Adds up what the ranks have collected; to be called once, on every rank. One process has only its clips checked.
 
         Example
         -------
@@ -219,33 +176,13 @@ class TaggingStats:
                 array.copy_(on_device)
         self._check_complete()
 
-    def summarize(self):
-        """The figures of the whole set, see the function `summarize`; sets `ap` and `auc`.
-
-        Returns
-        -------
-        dict
-            `mAP`, `mAUC`, `d_prime`, `loss`, `n_classes_left_out`.
-
-        Raises
-        ------
-        RuntimeError
-            If a clip was not scored or more than once.
-        ValueError
-            If a score is NaN or a target is neither 0 nor 1.
-
-        Example
-        -------
-        >>> stats = TaggingStats(n_clips=2, n_classes=1)
-        >>> stats.append([0, 1], torch.tensor([[0.5], [0.5]]), torch.tensor([[1], [0]]))
-        >>> stats.summarize()
-        {'mAP': 0.5, 'mAUC': 0.5, 'd_prime': 0.0, 'loss': 0.693..., 'n_classes_left_out': 0}
-        """
+    def summarize(self) -> dict[str, Any]:
+        """Computes the figures of the whole set, see the function `summarize`; sets `ap` and `auc`, float64 `[classes]`."""
         self._check_complete()
         self.ap, self.auc = _ap_and_auc(self.scores, self.targets)
-        return _summarize(self.scores, self.targets, self.ap, self.auc)
+        return _summarize(Evaluation(self.scores.numpy(), self.targets.numpy(), self.ap, self.auc))
 
-    def _check_complete(self):
+    def _check_complete(self) -> None:
         missing, repeated = (torch.nonzero(wrong).flatten() for wrong in (self._n_times == 0, self._n_times > 1))
         if len(missing) or len(repeated):
             rows = torch.cat([missing, repeated])[:10].tolist()
@@ -255,15 +192,34 @@ class TaggingStats:
             )
 
 
-def _to_numpy(array):
+class MeanScores:
+    """The mean of several models' scores `[clips, classes]`, float64, as one after the other is added.
+
+    Example
+    -------
+    >>> mean = MeanScores()
+    >>> mean.add(np.float32([[0.25]])), mean.add(np.float32([[0.75]]))
+    (array([[0.25]]), array([[0.5]]))
+    """
+
+    def __init__(self) -> None:
+        self.total, self.n_members = np.zeros(()), 0
+
+    def add(self, scores: np.ndarray) -> np.ndarray:
+        """Adds a model's scores, and returns the mean so far."""
+        self.total, self.n_members = self.total + scores.astype(np.float64), self.n_members + 1
+        return self.total / self.n_members
+
+
+def _to_numpy(array: Any) -> np.ndarray:
     return array.detach().cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
 
 
-def _to_float32(array):
+def _to_float32(array: Any) -> torch.Tensor:
     return torch.as_tensor(array).detach().to("cpu", torch.float32)
 
 
-def _ap_and_auc(scores, targets):
+def _ap_and_auc(scores: Any, targets: Any) -> tuple[np.ndarray, np.ndarray]:
     """(AP, AUC), each float64 [classes]: both need the sorted scores, which are nearly all of the work."""
     scores, targets = _to_numpy(scores), _to_numpy(targets)
     if scores.ndim != 2 or scores.shape != targets.shape:
@@ -292,21 +248,18 @@ def _ap_and_auc(scores, targets):
     return ap, auc
 
 
-def _summarize(scores, targets, ap, auc):
-    mean_auc = _mean_of_defined(auc)
-    clamped = _to_float32(scores).clamp(SCORE_FLOOR, 1 - SCORE_FLOOR)
+def _summarize(evaluation: Evaluation) -> dict[str, Any]:
+    clamped = _to_float32(evaluation.scores).clamp(SCORE_FLOOR, 1 - SCORE_FLOOR)
     return {
-        "mAP": _mean_of_defined(ap),
-        "mAUC": mean_auc,
-        "d_prime": d_prime(mean_auc),
-        "loss": F.binary_cross_entropy(clamped, _to_float32(targets)).item(),
-        "n_classes_left_out": int(np.isnan(ap).sum()),
+        **{name: metric.compute(evaluation) for name, metric in METRICS.items()},
+        "loss": F.binary_cross_entropy(clamped, _to_float32(evaluation.targets)).item(),
+        "n_classes_left_out": int(np.isnan(evaluation.ap).sum()),
     }
 
 
-def _mean_of_defined(values):
+def _mean_of_defined(values: np.ndarray) -> float:
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan
 
 
-FIGURES = ("mAP", "mAUC", "d_prime")
+FIGURES = tuple(METRICS)

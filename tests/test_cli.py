@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from psla_sb.cli.tag.tag.tag import tag
+from psla_sb.cli.tag import tag
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.inference.timeline import events, top_classes
@@ -171,7 +171,7 @@ def test_wrong_command_line(arguments, message, capsys):
 def test_help_imports_nothing_slow():
     code = """
 import sys
-from psla_sb.cli.tag.tag.tag import tag
+from psla_sb.cli.tag import tag
 try:
     tag(["--help"])
 except SystemExit as stop:

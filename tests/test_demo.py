@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from psla_sb import demo
-from psla_sb.cli.demo.demo.demo import demo as command
+from psla_sb.cli.demo import demo as command
 from psla_sb.errors import InputError
 from psla_sb.inference.timeline import Timeline
 from stubs import band_tagger

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from psla_sb.cli.export.export.export import export
+from psla_sb.cli.export import export
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
@@ -94,6 +94,20 @@ def test_a_model_that_takes_clips_whole(tiny_run, tmp_path):
     tagger = AudioTagger.from_folder(tiny_run[0] / "tagger")
     tagger.mods["compute_features"] = KaldiFbank(n_mels=32)
     export_onnx(tagger, tmp_path / "model.onnx")
+
+
+def test_every_kind_of_trained_model_is_exported(tiny_run, mini_data, tmp_path):
+    run = tiny_run[0]
+    clip = next((mini_data / "audio" / "eval").iterdir())
+    expected = AudioTagger.from_experiment(run).tag_file(clip, 39)
+    for name, source in {"snapshot": run / "snapshots" / "average.safetensors", "folder": run / "tagger"}.items():
+        export([str(source), "--out", str(tmp_path / name)])
+        assert AudioTagger.from_folder(tmp_path / name).tag_file(clip, 39) == expected
+        assert str(run) not in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert (
+            Vocabulary.from_csv(tmp_path / name / "class_labels_indices.csv").mids
+            == AudioTagger.from_folder(run / "tagger").hparams.mids
+        )
 
 
 def test_other_weights(tiny_run, tmp_path):

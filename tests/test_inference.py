@@ -12,8 +12,8 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.utils.fetching import FetchConfig
 
 from psla_sb.checkpoints.weights import load_weights
-from psla_sb.cli.export.export.export import export
-from psla_sb.cli.tag.tag.tag import tag
+from psla_sb.cli.export import export
+from psla_sb.cli.tag import tag
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.demo import listen
@@ -134,8 +134,7 @@ def test_a_repository_is_loaded_at_the_revision_that_is_asked_for(tiny_run, tmp_
             assert len(tagger.tag_batch(torch.zeros(8000))[0]) == 39
     with pytest.raises(Exception, match=r"cannot find|Cannot find"):
         AudioTagger.from_hparams(
-            "somebody/tagger",
-            fetch_config=FetchConfig(revision="c" * 40, huggingface_cache_dir=str(tmp_path), allow_network=False),
+            "somebody/tagger", fetch_config=FetchConfig(revision="c" * 40, huggingface_cache_dir=str(tmp_path), allow_network=False)
         )
 
 

@@ -8,8 +8,8 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from audioset_prepare import prepare_audioset
-from psla_sb.dataio import metadata
 from psla_sb.errors import InputError
+from psla_sb.prepare import official_files as metadata
 from psla_sb.prepare.official_files import OFFICIAL, fetch_metadata
 
 CONTENT = b"index,mid,display_name\n0,/m/09x0r,Speech\n"

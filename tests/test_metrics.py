@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, and the collector in one process and in two."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import psla_sb
-from psla_sb.metrics import CLASS_BLOCK, TaggingStats, average_precision, d_prime, roc_auc, summarize
+from psla_sb.metrics import CLASS_BLOCK, MeanScores, TaggingStats, average_precision, d_prime, roc_auc, summarize
+from runs import TRAIN, command, run
 
 
 def sklearn_per_class(function, scores, targets, needs_negative):
@@ -183,6 +185,7 @@ for share in ("shared", "all_on_one", "overlap"):
         print(json.dumps([share, stats.summarize(), stats.scores.numpy().tobytes() == case["scores"].tobytes()]))
     except RuntimeError as error:
         print(json.dumps([share, str(error)]))
+torch.distributed.destroy_process_group()  # a process that ends with gloo's threads running may abort
 """
 
 
@@ -214,3 +217,38 @@ def test_two_processes_equal_one_to_the_last_bit(tmp_path):
 
 def repr_json(figures):
     return "{" + ", ".join(f'"{name}": {value!r}' for name, value in figures.items()) + "}"
+
+
+def test_mean_of_scores_is_numpys_in_double_precision():
+    scores = np.random.default_rng(0).random((5, 7, 3), dtype=np.float32)
+    mean = MeanScores()
+    found = [mean.add(one) for one in scores]
+    for n, one in enumerate(found, 1):
+        assert one.dtype == np.float64
+        np.testing.assert_allclose(one, scores[:n].mean(axis=0, dtype=np.float64), rtol=1e-15)
+
+
+ADDED = """
+import sys
+import numpy as np
+from psla_sb import metrics
+
+metrics.METRICS["median_AP"] = metrics.Metric(lambda e: float(np.nanmedian(e.ap)), "median over the classes", "median", "9.4f")
+metrics.FIGURES = tuple(metrics.METRICS)
+
+from psla_sb.experiment.train import main
+
+main(sys.argv[1], sys.argv[2:])
+"""
+
+
+def test_a_metric_that_is_added_in_one_place_is_in_every_row_and_table(mini_data, tmp_path):
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run")
+    done = run([sys.executable, "-c", ADDED, *argv[1:]], env={"PYTHONPATH": str(TRAIN.parent)})
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = [*results["epochs"], *(row for name, row in results["evaluation"].items() if name != "chance")]
+    assert len(rows) == 7
+    assert all(0 < row["median_AP"] <= 1 for row in rows)
+    assert results["meaning"]["median_AP"] == "median over the classes"
+    assert "mAP    mAUC  d-prime   median" in done.stdout
+    assert "median_AP" in (tmp_path / "run" / "train_log.txt").read_text()

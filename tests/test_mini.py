@@ -268,8 +268,7 @@ def test_somebody_elses_audioset_is_not_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"n_train": 0}, {"n_eval": 0}, {"seconds": 0.1}, {"sample_rate": 8000}, {"type1_rate": 1.5}, {"type2_rate": -0.1}],
+    "wrong", [{"n_train": 0}, {"n_eval": 0}, {"seconds": 0.1}, {"sample_rate": 8000}, {"type1_rate": 1.5}, {"type2_rate": -0.1}]
 )
 def test_wrong_arguments(tmp_path, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -21,12 +21,13 @@ from hypothesis import strategies as st
 
 from psla_sb.cli.pack import pack
 from psla_sb.cli.tag import tag
-from psla_sb.dataio import packing, packs
+from psla_sb.dataio import packs
 from psla_sb.dataio.audio import AudioError, read_audio, read_blocks
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.inference.tagger import AudioTagger
+from psla_sb.prepare import pack_index, packing
 from runs import SERVER, TRAIN, command, differences, finish
 
 RATE = 16000
@@ -155,7 +156,7 @@ def test_any_ids_names_and_sizes(tmp_path_factory, ids, shard_size, rng):
         with tarfile.open(shard, "r:") as tar:
             members |= {member.name: tar.extractfile(member).read() for member in tar}
     assert list(members.values()) == data
-    assert packs.verify(folder / "packs") == (len(ids), [])
+    assert pack_index.verify(folder / "packs") == (len(ids), [])
 
 
 def test_odd_names_survive_tar(tmp_path):
@@ -262,7 +263,7 @@ def test_what_is_not_whole_is_written_again(tmp_path):
     check({"train-00000.tar", "train-00002.tar"})
     assert contents(out) == whole
     # the same size, other bytes
-    file, index = tmp_path / "files" / "3.wav", packs.index_of(out / "train-00000.tar")
+    file, index = tmp_path / "files" / "3.wav", pack_index.index_of(out / "train-00000.tar")
     file.write_bytes(file.read_bytes()[::-1])
     os.utime(file, ns=(0, index.stat().st_mtime_ns + 1))
     packing.pack(annotation, out, shard_size=10_000)
@@ -438,7 +439,7 @@ def test_verify_finds_damage(tmp_path, capsys):
     assert "belongs to no annotation" in found[1]
 
     def swap(out):
-        index = packs.index_of(out / "train-00001.tar")
+        index = pack_index.index_of(out / "train-00001.tar")
         digest = hashlib.sha256((tmp_path / "files" / f"{second[3]}.wav").read_bytes()).hexdigest()
         assert index.read_text().count(digest) == 1
         index.write_text(index.read_text().replace(digest, "0" * 64))

@@ -1,6 +1,8 @@
 """The parts in other people's SpeechBrain code: what README.md shows, run as it stands there."""
 
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from speechbrain.inference.classifiers import EncoderClassifier
 from speechbrain.lobes.features import Fbank
 
 from psla_sb.inference.tagger import AudioTagger
-from runs import REPOSITORY
+from runs import REPOSITORY, TRAIN, command, run
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,7 @@ def readme():
     """The names that README.md's first two Python examples define."""
     blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names = {}
+    torch.manual_seed(0)
     for block in blocks[:2]:
         exec(block, names)
     return names
@@ -36,6 +39,19 @@ def test_the_encoder_stands_in_for_the_esc50_recipes_embedding_model(readme):
     classifier = torch.nn.Linear(embedding_model.out_channels, 50)
     classifier(embeddings).squeeze(1).logsumexp(dim=1).sum().backward()
     assert all(p.grad is not None for p in embedding_model.parameters())
+
+
+def test_an_encoder_of_ones_own_is_trained_and_loaded_as_the_readme_says(mini_data, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = [block for block in blocks if block.startswith("# my_encoder.py")]
+    (tmp_path / "my_encoder.py").write_text(code)
+    hparams = (TRAIN.parent / "hparams" / "mini.yaml").read_text(encoding="utf-8")
+    block = "embedding_model: !new:my_encoder.TinyEncoder\n"
+    (tmp_path / "mine.yaml").write_text(re.sub(r"(?m)^embedding_model: !new:.*\n(?: .*\n)*", block, hparams))
+    run(command(TRAIN, "mine.yaml", data_folder=mini_data, output_folder=tmp_path / "run"), cwd=tmp_path)
+    clip = str(next((mini_data / "audio" / "eval").iterdir()))
+    tagged = [Path(sys.executable).with_name("psla-tag"), "--model", "run/tagger", "--trust", "my_encoder", clip]
+    assert len(run(tagged, cwd=tmp_path).stdout.splitlines()) == 6
 
 
 def test_speechbrains_encoder_classifier_loads_our_folder_moved_elsewhere(tiny_run, mini_data, tmp_path):

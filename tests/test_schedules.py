@@ -114,8 +114,7 @@ def test_from_yaml():
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"lr": 0}, {"lr": -1}, {"warmup_steps": -1}, {"warmup_interval": 0}, {"decay_interval": 0}, {"decay_factor": 0}],
+    "wrong", [{"lr": 0}, {"lr": -1}, {"warmup_steps": -1}, {"warmup_interval": 0}, {"decay_interval": 0}, {"decay_factor": 0}]
 )
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -1,31 +1,24 @@
 """The figures of an ensemble: which members to take, what each and all of them score, as numbers, as CSV and as a table."""
 
 import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from psla_sb.files import atomic_write
-from psla_sb.metrics import average_precision, roc_auc, summarize
+from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.metrics import MeanScores, average_precision, roc_auc, summarize, table_cells, table_heads
 
 
-def greedy_selection(scores, targets):
-    """Members whose mean scores best, picked one after another and with repetition.
+def greedy_selection(scores: Sequence[np.ndarray], targets: np.ndarray) -> tuple[list[int], list[float]]:
+    """Picks members whose mean scores best, one by one and with repetition; returns them in this order, and the mAP with each.
 
     Each step adds the member with which the mean of all picked so far has the highest mAP. There are as many steps as members; of
-    the ensembles passed on the way the best one is taken, the smaller one of equals. Source: Caruana, Niculescu-Mizil, Crew and
-    Ksikes, "Ensemble selection from libraries of models", ICML 2004.
-
-    Arguments
-    ---------
-    scores : sequence of array_like
-        For each member `[clips, classes]`.
-    targets : np.ndarray
-        `[clips, classes]`, 0 or 1; of clips on which nothing will be reported.
-
-    Returns
-    -------
-    (list of int, list of float)
-        The members picked, in this order, and the mAP with each.
+    the ensembles passed on the way the best one is taken, the smaller one of equals. `scores` and `targets` are `[clips,
+    classes]`, of clips on which nothing will be reported. Source: Caruana, Niculescu-Mizil, Crew and Ksikes, "Ensemble selection
+    from libraries of models", ICML 2004.
 
     Example
     -------
@@ -45,36 +38,16 @@ def greedy_selection(scores, targets):
     return picked[:best], found[:best]
 
 
-def figures_of(scores, chosen, targets):
-    """The figures of every model and of the ensemble as it grows.
+def figures_of(scores: Mapping[str, np.ndarray], chosen: Sequence[str], targets: np.ndarray) -> tuple[dict[str, Any], np.ndarray]:
+    """Computes the figures of every model and of the ensemble as it grows; and the ensemble's scores, float64 `[clips, classes]`.
 
-    Arguments
-    ---------
-    scores : dict of str to array_like
-        `[clips, classes]` of every member, and of "weight_average" if there is one.
-    chosen : list of str
-        The ensemble's members; one that is there twice counts twice.
-    targets : np.ndarray
-        `[clips, classes]`, 0 or 1.
-
-    Returns
-    -------
-    (dict, np.ndarray)
-        Figures, and the ensemble's scores, float64 `[clips, classes]`.
-
-    Example
-    -------
-    >>> targets = np.array([[1], [1], [0], [0]])
-    >>> scores = {"a": np.array([[0.9], [0.2], [0.3], [0.0]]), "b": np.array([[0.2], [0.9], [0.0], [0.3]])}
-    >>> report, ensemble = figures_of(scores, ["a", "b"], targets)
-    >>> report["members"]["a"]["mAP"], report["ensemble"]["mAP"], report["best_single"]
-    (0.833..., 1.0, 'a')
+    `scores` may have a "weight_average" besides the members; a member that is chosen twice counts twice.
     """
     each = {name: summarize(one, targets) for name, one in scores.items()}
-    total, so_far = np.zeros(targets.shape), []
-    for n_members, name in enumerate(chosen, 1):
-        total += scores[name]
-        so_far.append(summarize(total / n_members, targets))
+    mean, so_far = MeanScores(), []
+    for name in chosen:
+        ensemble = mean.add(scores[name])
+        so_far.append(summarize(ensemble, targets))
     average = each.pop("weight_average", None)
     report = {
         "members": each,
@@ -84,30 +57,13 @@ def figures_of(scores, chosen, targets):
         "weight_average": average,
         "best_single": max(each, key=lambda name: each[name]["mAP"]),
     }
-    return report, total / len(chosen)
+    return report, ensemble
 
 
-def write_classes(path, vocabulary, targets, ensemble, single):
+def write_classes(path: str | Path, vocabulary: Vocabulary, targets: np.ndarray, ensemble: np.ndarray, single: np.ndarray) -> None:
     """Writes the average precision and the area under the ROC curve of every class, of the ensemble and of the best single model.
 
-    Arguments
-    ---------
-    path : str or Path
-        The CSV file; a figure that is not defined is empty.
-    vocabulary : Vocabulary
-        The classes.
-    targets, ensemble, single : np.ndarray
-        `[clips, classes]`
-
-    Example
-    -------
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> path, scores = getfixture("tmp_path") / "classes.csv", np.array([[0.9, 0.1], [0.2, 0.1]])
-    >>> write_classes(path, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]), np.array([[1, 0], [0, 0]]), scores, 1 - scores)
-    >>> print(path.read_text().strip())
-    index,mid,display_name,positive_clips,ensemble_AP,ensemble_AUC,best_single_AP,best_single_AUC
-    0,/m/1,Bell,1,1.0,1.0,0.5,0.0
-    1,/m/2,Rain,0,,,,
+    A figure that is not defined is empty.
     """
     figures = [figure(scores, targets) for scores in (ensemble, single) for figure in (average_precision, roc_auc)]
     columns = [["" if np.isnan(value) else value for value in values.tolist()] for values in figures]
@@ -119,17 +75,8 @@ def write_classes(path, vocabulary, targets, ensemble, single):
         writer.writerows(zip(range(len(vocabulary)), vocabulary.mids, vocabulary.names, counts, *columns, strict=True))
 
 
-def ensemble_table(report):
-    """The figures of an aggregation as text.
-
-    Arguments
-    ---------
-    report : dict
-        What `aggregate` returns.
-
-    Returns
-    -------
-    str
+def ensemble_table(report: Mapping[str, Any]) -> str:
+    """Formats the figures of an aggregation as text.
 
     Example
     -------
@@ -144,24 +91,23 @@ def ensemble_table(report):
     best single, picked on this set  0.4000  0.9000    1.812
     no weight average: members have different front ends
     """
-
-    def cells(figures):
-        return f"{figures['mAP']:9.4f}{figures['mAUC']:8.4f}{figures['d_prime']:9.3f}"
-
     best = "best single, picked on " + ("this set" if report["selection"] is None else "the selection set")
     names = [*report["members"], best, report["annotation_file"]]
     width = max(map(len, names))
-    heads = f"{'mAP':>9}{'mAUC':>8}{'d-prime':>9}"
-    lines = [f"{report['annotation_file']:{width}}   alone{'':20} ensemble so far", f"{'member':{width}}{heads}{heads}"]
+    heads = table_heads()
+    lines = [
+        f"{report['annotation_file']:{width}}   alone{'':{len(heads) - 6}} ensemble so far",
+        f"{'member':{width}}{heads}{heads}",
+    ]
     for name, figures in zip(report["chosen"], report["so_far"], strict=True):
-        lines.append(f"{name:{width}}{cells(report['members'][name])}{cells(figures)}")
+        lines.append(f"{name:{width}}{table_cells(report['members'][name])}{table_cells(figures)}")
     left_out = [name for name in report["members"] if name not in report["chosen"]]
-    lines += [f"{name:{width}}{cells(report['members'][name])}  not selected" for name in left_out]
+    lines += [f"{name:{width}}{table_cells(report['members'][name])}  not selected" for name in left_out]
     ensemble = f"ensemble of {len(report['chosen'])}"
-    lines.append(f"{ensemble:{width}}{'':26}{cells(report['ensemble'])}")
-    lines.append(f"{best:{width}}{cells(report['members'][report['best_single']])}")
+    lines.append(f"{ensemble:{width}}{'':{len(heads)}}{table_cells(report['ensemble'])}")
+    lines.append(f"{best:{width}}{table_cells(report['members'][report['best_single']])}")
     if "none" in report["weight_average"]:
         lines.append(f"no weight average: {report['weight_average']['none']}")
     else:
-        lines.append(f"{'weight average':{width}}{cells(report['weight_average'])}")
+        lines.append(f"{'weight average':{width}}{table_cells(report['weight_average'])}")
     return "\n".join(lines)

@@ -4,40 +4,44 @@ import hashlib
 import json
 import os
 from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from speechbrain.utils.distributed import ddp_barrier, if_main_process
 from tqdm import tqdm
 
-from psla_sb.checkpoints.sources import open_source
+from psla_sb.checkpoints.sources import Source, open_source
 from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.dataset import clip_loader
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.files import UNFINISHED, atomic_write, flush
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import new_array, stamp
+from psla_sb.labels.vocabulary import Vocabulary
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
 
 
 def score(
-    members,
-    manifest,
-    vocabulary,
-    folder,
-    batch_size=32,
-    num_workers=0,
-    run_opts=None,
-    at_a_time=None,
-    labels=None,
-    crop="first",
-    check=None,
-    trust=(),
-):
-    """The scores of many models on the same clips, in one pass over the sound files.
+    members: Mapping[str, Source | str | Path],
+    manifest: Manifest,
+    vocabulary: Vocabulary,
+    folder: str | Path,
+    batch_size: int = 32,
+    num_workers: int = 0,
+    run_opts: Mapping[str, Any] | None = None,
+    at_a_time: int | None = None,
+    labels: str | Path | None = None,
+    crop: str = "first",
+    check: Callable | None = None,
+    trust: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Scores the same clips with many models, in one pass over the sound files; returns memory-mapped scores by name.
 
     A clip is decoded once; features are computed once for each distinct front end, and every member scores the batch while it is
     on the device. Scores go to disk as they come: a pass that was killed goes on where it was, and a member whose scores of the
@@ -45,34 +49,21 @@ def score(
 
     Arguments
     ---------
-    members : dict of str to Source, str or Path
-        What `psla_sb.checkpoints.sources.open_source` opens, by name.
-    manifest : Manifest
-        The clips, from a file.
-    vocabulary : Vocabulary
-        The classes, which must be those of every member, in this order.
-    folder : str or Path
-        Where to write `<name>.npy`, float32 `[clips, classes]` in the order of the annotation, and `<name>.json`, which tells what
-        it was made from.
-    batch_size, num_workers : int
-        Of the loader, for each process.
-    run_opts : dict, optional
+    members
+        What `open_source` opens, by name. All must have the classes of the vocabulary, in its order.
+    folder
+        Gets `<name>.npy`, float32 `[clips, classes]` in the order of the annotation, and `<name>.json`, which tells what it was
+        made from.
+    run_opts
         SpeechBrain's, such as `{"device": "cuda:0", "precision": "bf16"}`.
-    at_a_time : int, optional
+    at_a_time
         Members that are on the device together; by default as many as fit into half of a GPU's free memory, or all on a CPU.
-    labels : str or Path, optional
-        The class list of members that are checkpoints of the published code.
-    crop : str
+    labels, trust
+        See `open_source`.
+    crop
         What members hear of a clip that is longer than they were trained on: its "first" samples or its "centre".
-    check : callable, optional
+    check
         What is done with each batch of clips before it is scored; by default one that cannot be read is an error.
-    trust : sequence of str
-        Modules whose classes members may be made of.
-
-    Returns
-    -------
-    dict of str to np.ndarray
-        Memory-mapped scores, by name.
 
     Raises
     ------
@@ -87,7 +78,7 @@ def score(
     waiting = [name for name, file in files.items() if not file.exists() or _read(file.with_suffix(".json")) != made_from[name]]
     ddp_barrier()
     while waiting:
-        taggers = {}
+        taggers: dict[str, AudioTagger] = {}
         while waiting and (len(taggers) < at_a_time if at_a_time else _has_room(taggers)):
             tagger = AudioTagger.from_source(sources[waiting[0]], run_opts=run_opts)
             if list(tagger.hparams.mids) != vocabulary.mids:
@@ -107,7 +98,14 @@ def score(
     return {name: np.load(file, mmap_mode="c") for name, file in files.items()}
 
 
-def _score_together(taggers, manifest, folder, settings, num_workers, check):
+def _score_together(
+    taggers: Mapping[str, AudioTagger],
+    manifest: Manifest,
+    folder: Path,
+    settings: Mapping[str, Any],
+    num_workers: int,
+    check: Callable | None,
+) -> None:
     """One pass over the clips, from where an earlier one with the same settings was interrupted."""
     rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_clips, batch_size = len(manifest), settings["batch_size"]
@@ -116,7 +114,7 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
     if any(other.sample_rate != sample_rate for other in hparams):
         raise InputError(f"{', '.join(taggers)}: members have different sample rates; aggregate those of one rate")
     lengths = [tagger.n_samples for tagger in taggers.values()]
-    n_samples = None if None in lengths else max(lengths)
+    n_samples = None if None in lengths else max(length for length in lengths if length is not None)
     batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)][rank::world_size]
     if int(os.environ.get("GROUP_RANK", 0)) > 0:
         # machines that map one file over a network lose each other's rows: the first one scores, the others wait
@@ -137,7 +135,7 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
     done = (_read(note) or {"batches": 0})["batches"]
     out = {name: np.lib.format.open_memmap(path, "r+") for name, path in paths.items()}
 
-    front_ends = defaultdict(list)
+    front_ends: dict[Hashable, list[AudioTagger]] = defaultdict(list)
     for tagger in taggers.values():
         front_ends[front_end(tagger)].append(tagger)
     loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers, settings["crop"])
@@ -146,7 +144,7 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
         for count, batch in enumerate(loader, done + 1):
             (check or check_audio)(batch)
             wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
-            scores = {}
+            scores: dict[AudioTagger, torch.Tensor] = {}
             for same in front_ends.values():
                 feats, lens = same[0].features_and_lens(wavs, wav_lens)
                 scores |= {tagger: tagger.tag_features(feats, lens) for tagger in same}
@@ -160,18 +158,18 @@ def _score_together(taggers, manifest, folder, settings, num_workers, check):
     ddp_barrier()
 
 
-def _flush(arrays, paths):
+def _flush(arrays: Mapping[str, np.memmap], paths: Mapping[str, Path]) -> None:
     for name, array in arrays.items():
         array.flush()
         flush(paths[name])
 
 
-def _note(path, content):
+def _note(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _read(path):
+def _read(path: Path) -> dict[str, Any] | None:
     """What a JSON file says; None if it is not there, or not as it was written: what it is about is then done again."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -180,7 +178,7 @@ def _read(path):
     return content if isinstance(content, dict) else None
 
 
-def _has_room(taggers):
+def _has_room(taggers: Mapping[str, AudioTagger]) -> bool:
     """Whether one more model like these fits into half of a GPU's free memory; the rest is left to what they compute."""
     if not taggers or next(iter(taggers.values())).device_type != "cuda":
         return True
@@ -189,23 +187,8 @@ def _has_room(taggers):
     return sum(sizes) + max(sizes) <= (torch.cuda.mem_get_info()[0] + sum(sizes) // 2) // 2
 
 
-def front_end(tagger):
-    """What two taggers whose features are the same have in common: their parts' settings, or else the features of some noise.
-
-    Example
-    -------
-    >>> from psla_sb.inference.encoder import SoundEncoder
-    >>> from psla_sb.lobes.features import GlobalNorm, KaldiFbank
-    >>> taggers = [
-    ...     SoundEncoder(
-    ...         {"compute_features": KaldiFbank(n_mels=n_mels), "mean_var_norm": GlobalNorm(), "embedding_model": nn.Linear(1, 1)},
-    ...         {"sample_rate": 16000},
-    ...     )
-    ...     for n_mels in (64, 64, 128)
-    ... ]
-    >>> len({front_end(tagger) for tagger in taggers})
-    2
-    """
+def front_end(tagger: AudioTagger) -> Hashable:
+    """What two taggers whose features are the same have in common: their parts' settings, or else the features of some noise."""
     parts = [tagger.mods[name] for name in ("compute_features", "mean_var_norm")]
     if all(type(part).__module__.startswith("psla_sb.") for part in parts):
         # what follows from equal arguments is equal
@@ -214,5 +197,5 @@ def front_end(tagger):
     rate = tagger.hparams.sample_rate
     noise = 0.1 * torch.randn(2, rate, generator=torch.Generator().manual_seed(0))
     feats, lens = tagger.features_and_lens(noise, torch.tensor([1.0, 0.7]))
-    tensors = [x.cpu().numpy().tobytes() for x in (feats, lens)]
+    tensors = [x.cpu().numpy().tobytes() for x in (feats, lens) if x is not None]
     return *map(type, parts), rate, tagger.n_samples, tuple(feats.shape), hashlib.sha256(b"".join(tensors)).hexdigest()

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -41,7 +43,7 @@ class AtomicCheckpointer(Checkpointer):
     ['CKPT.yaml', 'model.ckpt']
     """
 
-    def recover_if_possible(self, *args, **kwargs):
+    def recover_if_possible(self, *args: Any, **kwargs: Any) -> Any:
         """As SpeechBrain's, after removing what a killed run has left unfinished."""
         if if_main_process():
             for folder in Path(self.checkpoints_dir).iterdir():
@@ -51,18 +53,12 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()
         return super().recover_if_possible(*args, **kwargs)
 
-    def _new_checkpoint_dirpath(self):
+    def _new_checkpoint_dirpath(self) -> Path:
         path = super()._new_checkpoint_dirpath()
         return path.with_name(UNFINISHED + path.name)
 
-    def save_checkpoint(self, meta={}, end_of_epoch=True, name=None, **kwargs):  # noqa: B006
-        """As SpeechBrain's; `name` cannot be given, since a checkpoint of that name would be overwritten in place.
-
-        Raises
-        ------
-        InputError
-            The disk is full, or cannot be written to. Earlier checkpoints are as they were.
-        """
+    def save_checkpoint(self, meta: Any = {}, end_of_epoch: bool = True, name: str | None = None, **kwargs: Any) -> Checkpoint:  # noqa: B006
+        """As SpeechBrain's; `name` cannot be given, since a checkpoint of that name would be overwritten in place."""
         if name is not None:
             raise ValueError("Checkpoints are named by time: a checkpoint with a name would be overwritten in place.")
         for name_, recoverable in self.recoverables.items():
@@ -83,18 +79,12 @@ class AtomicCheckpointer(Checkpointer):
         ddp_barrier()
         return checkpoint
 
-    def save_and_keep_only(self, *args, importance_keys=(), **kwargs):
+    def save_and_keep_only(self, *args: Any, importance_keys: Iterable = (), **kwargs: Any) -> None:
         """As SpeechBrain's, whose default for `importance_keys` is one list that grows at every call."""
         super().save_and_keep_only(*args, importance_keys=list(importance_keys), **kwargs)
 
-    def list_checkpoints(self):
-        """As SpeechBrain's.
-
-        Raises
-        ------
-        InputError
-            A checkpoint's `CKPT.yaml` cannot be read.
-        """
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """As SpeechBrain's."""
         try:
             checkpoints = super().list_checkpoints()
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -104,14 +94,8 @@ class AtomicCheckpointer(Checkpointer):
                 raise InputError(f"{checkpoint.path / METAFNAME}: not written by a training run; remove this folder")
         return checkpoints
 
-    def load_checkpoint(self, checkpoint):
-        """As SpeechBrain's, which leaves to PyTorch's defaults and environment variables whether code in a file is run.
-
-        Raises
-        ------
-        InputError
-            A file is broken, contains more than tensors and numbers, or is not of this model.
-        """
+    def load_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """As SpeechBrain's, which leaves to PyTorch's defaults and environment variables whether code in a file is run."""
         for name, recoverable in self.recoverables.items():
             if isinstance(recoverable, nn.Module) or get_default_hook(recoverable, DEFAULT_LOAD_HOOKS) is torch_recovery:
                 self.custom_load_hooks.setdefault(name, load_tensors)
@@ -125,25 +109,13 @@ class AtomicCheckpointer(Checkpointer):
             ) from error
 
 
-def save_tensors(recoverable, path):
+def save_tensors(recoverable: nn.Module, path: Path) -> None:
     """SpeechBrain's save hook for modules; unlike its own, it knows statistics that are in no state dict."""
     torch.save(state_of(recoverable), path)
 
 
-def load_tensors(recoverable, path, end_of_epoch):
-    """SpeechBrain's load hook for what has a state dict, which never runs code that the file contains.
-
-    Raises
-    ------
-    pickle.UnpicklingError
-        The file contains more than tensors, numbers and their containers.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "model.ckpt"
-    >>> torch.save(torch.nn.Linear(2, 1).state_dict(), path)
-    >>> load_tensors(torch.nn.Linear(2, 1), path, end_of_epoch=True)
-    """
+def load_tensors(recoverable: Any, path: Path, end_of_epoch: bool) -> None:
+    """SpeechBrain's load hook for what has a state dict, which never runs code that the file contains."""
     state = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(recoverable, nn.Module):
         put_state(recoverable, state)

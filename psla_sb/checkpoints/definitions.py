@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
     for node in _nodes(definitions):
         if isinstance(node, dict) and node.get("pretrained") is not None:
             node["pretrained"] = None
+        if hasattr(node, "ca"):
+            # comments stay with the line before them, and would be those of something else
+            node.ca.comment = None
+            node.ca.items.clear()
     return definitions
 
 
@@ -83,7 +87,7 @@ def tags_of(text: str) -> set[str]:
     return {str(event.tag) for event in ruamel.yaml.YAML().parse(text) if getattr(event, "tag", None)}
 
 
-def build(definitions: Mapping[str, Any], source: str | Path, trust: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
+def build(definitions: Mapping[str, Any], source: str | Path, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Builds what definitions describe, if all of it is trusted.
 
     Raises

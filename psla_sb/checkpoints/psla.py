@@ -7,6 +7,9 @@ A published checkpoint is a state dict with `effnet.*` (efficientnet_pytorch's n
 import functools
 import re
 import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import ruamel.yaml
 import torch
@@ -39,30 +42,23 @@ classifier: !new:psla_sb.lobes.pooling.{pooling}
 """
 
 
-def load_psla_checkpoint(path, padding=PUBLISHED_PADDING):
-    """The model in a checkpoint of the published code, or of others that use its layout.
+def load_psla_checkpoint(
+    path: str | Path, padding: str = PUBLISHED_PADDING
+) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
+    """Loads the model in a checkpoint of the published code, or of others that use its layout, in evaluation mode, on the CPU.
 
     Variant, kind of pooling, heads and classes are read off the tensors. Keys with and without `module.` are read; leftovers of
     the ImageNet classifier (`effnet._fc.*`) are ignored. Code in the file is never run.
 
     Arguments
     ---------
-    path : str or Path
-        A `.pth` file.
-    padding : str
-        The encoder's padding, "symmetric" or "tensorflow", which the file does not tell. Official models were trained with
-        "symmetric"; see `EfficientNetEncoder`.
-
-    Returns
-    -------
-    EfficientNetEncoder, AttentionPooling or MeanPooling
-        In evaluation mode, on the CPU.
+    padding
+        The encoder's, "symmetric" or "tensorflow", which the file does not tell. Official models were trained with "symmetric".
 
     Raises
     ------
     InputError
-        The file cannot be read, holds anything but tensors, or has tensors missing, too many, or of wrong shapes; the message
-        names them.
+        The file cannot be read, holds anything but tensors, or has tensors missing, too many, or of wrong shapes; they are named.
     ValueError
         There is no such padding.
 
@@ -87,24 +83,11 @@ def load_psla_checkpoint(path, padding=PUBLISHED_PADDING):
     return encoder.eval(), pooling.eval()
 
 
-def save_psla_checkpoint(path, encoder, pooling):
+def save_psla_checkpoint(path: str | Path, encoder: EfficientNetEncoder, pooling: AttentionPooling | MeanPooling) -> None:
     """Writes a model in the layout of the published code, with the prefix `module.` that its DataParallel reads and writes.
 
-    Arguments
-    ---------
-    path : str or Path
-        The `.pth` file, written whole or not at all.
-    encoder : EfficientNetEncoder
-        The published code computes the same only with the padding of the efficientnet_pytorch that it runs with.
-    pooling : AttentionPooling or MeanPooling
-        The published code has 4 heads wherever there is more than one.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "model.pth"
-    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 200))
-    >>> list(torch.load(path, weights_only=True))[-2:]
-    ['module.attention.cla.weight', 'module.attention.cla.bias']
+    The published code computes the same only with the padding of the efficientnet_pytorch that it runs with, and has 4 heads
+    wherever there is more than one.
     """
     modules = {"module.effnet": encoder, "module.attention": pooling}
     state = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
@@ -112,7 +95,9 @@ def save_psla_checkpoint(path, encoder, pooling):
         torch.save({key: value.cpu().contiguous() for key, value in state.items()}, temporary)
 
 
-def psla_definitions(encoder, pooling, n_frames=AUDIOSET_FRAMES):
+def psla_definitions(
+    encoder: EfficientNetEncoder, pooling: AttentionPooling | MeanPooling, n_frames: int = AUDIOSET_FRAMES
+) -> dict[str, Any]:
     """The definitions of a published model with the published front end, as `read_definitions` gives them."""
     arguments = {"in_channels": encoder.out_channels, "n_classes": _first_conv(pooling).out_channels}
     if isinstance(pooling, AttentionPooling):
@@ -128,28 +113,28 @@ def psla_definitions(encoder, pooling, n_frames=AUDIOSET_FRAMES):
     )
 
 
-def _shapes(state):
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
     return {key: value.shape for key, value in state.items()}
 
 
 @functools.cache
-def _layouts():
+def _layouts() -> dict[str, dict[str, torch.Size]]:
     """Each variant's names and shapes."""
     with torch.device("meta"):
         return {variant: _shapes(EfficientNetEncoder(variant).state_dict()) for variant in VARIANTS}
 
 
-def _variant_of(state):
+def _variant_of(state: Mapping[str, torch.Tensor]) -> str | None:
     """The variant with which a state dict has the most tensors in common, None if there is none in common."""
     in_common = {variant: len(layout.items() & _shapes(state).items()) for variant, layout in _layouts().items()}
-    return max(in_common, key=in_common.get) if any(in_common.values()) else None
+    return max(in_common, key=in_common.__getitem__) if any(in_common.values()) else None
 
 
-def _first_conv(pooling):
+def _first_conv(pooling: AttentionPooling | MeanPooling) -> nn.Conv2d:
     return pooling.cla if isinstance(pooling.cla, nn.Conv2d) else pooling.cla[0]
 
 
-def _new_pooling(state, in_channels):
+def _new_pooling(state: Mapping[str, torch.Tensor], in_channels: int) -> AttentionPooling | MeanPooling:
     """The pooling whose tensors these are, as far as they agree with each other."""
     sizes = [len(value) for key, value in state.items() if value.dim() and key != "head_weight"]
     n_classes = max(1, statistics.mode(sizes)) if sizes else 1

@@ -2,12 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
 
+# The run's settings, resolved, as SpeechBrain writes them; and its classes: with both a snapshot can be loaded.
+HPARAMS, CLASSES = "hyperparams.yaml", "class_labels_indices.csv"
 
-def snapshot_path(folder, epoch):
+
+def snapshot_path(folder: str | Path, epoch: int) -> Path:
     """Where the weights of an epoch are.
 
     Example
@@ -18,7 +24,12 @@ def snapshot_path(folder, epoch):
     return Path(folder) / "snapshots" / f"epoch_{epoch:02d}.safetensors"
 
 
-def prediction_path(folder, name):
+def average_path(folder: str | Path) -> Path:
+    """Where the average of the last epochs' weights is."""
+    return Path(folder) / "snapshots" / "average.safetensors"
+
+
+def prediction_path(folder: str | Path, name: str) -> Path:
     """Where the scores of a set are, as a float32 array `[clips, classes]` in the annotation's order.
 
     Example
@@ -29,13 +40,14 @@ def prediction_path(folder, name):
     return Path(folder) / "predictions" / f"{name}.npy"
 
 
-def read_results(folder):
-    """What `results.json` of a run says so far; nothing if there is none.
+def write_scores(folder: str | Path, name: str, scores: np.ndarray) -> None:
+    """Writes the scores of a set, whole or not at all."""
+    with atomic_write(prediction_path(folder, name)) as temporary:
+        np.save(temporary, scores.astype(np.float32, copy=False))
 
-    Raises
-    ------
-    InputError
-        The file is not as a run writes it.
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """What `results.json` of a run says so far; nothing if there is none.
 
     Example
     -------
@@ -52,7 +64,13 @@ def read_results(folder):
     return results
 
 
-def best_epoch(epochs):
+def write_results(folder: str | Path, results: dict[str, Any]) -> None:
+    """Writes `results.json` of a run, whole or not at all."""
+    with atomic_write(Path(folder) / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def best_epoch(epochs: list[dict[str, Any]]) -> int:
     """The number of the epoch with the highest mAP on the validation set.
 
     Example
@@ -61,17 +79,3 @@ def best_epoch(epochs):
     1
     """
     return max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
-
-
-def write_results(folder, results):
-    """Writes `results.json` of a run, whole or not at all.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> write_results(folder, {"epochs": []})
-    >>> read_results(folder)
-    {'epochs': []}
-    """
-    with atomic_write(Path(folder) / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, tags_of
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, load_psla_checkpoint, psla_definitions
-from psla_sb.checkpoints.run_folder import best_epoch, read_results, snapshot_path
+from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, read_results, snapshot_path
 from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
 from psla_sb.checkpoints.weights import below, load_into, load_weights, read_tensors, trained_modules
@@ -26,6 +26,7 @@ from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
+from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
 
 logger = get_logger(__name__)
 
@@ -46,13 +47,20 @@ class Source:
     def __init__(self, path: str | Path, trust: Sequence[str] = ()):
         self.path, self.trust = Path(path), trust
 
-    definitions: Mapping[str, Any]
-    vocabulary: Vocabulary
+    @property
+    def definitions(self) -> Mapping[str, Any]:
+        """What model it is, as YAML nodes."""
+        raise NotImplementedError
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its classes."""
+        raise NotImplementedError
 
     @property
     def hparams_file(self) -> Path:
         """The YAML file that defines the model."""
-        return self.path / "hyperparams.yaml"
+        return self.path / HPARAMS
 
     @property
     def padding(self) -> str | None:
@@ -123,7 +131,8 @@ class TaggerFolder(Source):
     @cached_property
     def definitions(self) -> Mapping[str, Any]:
         if not self.hparams_file.is_file():
-            raise InputError(f"{self.path}: not the folder of a tagger (it has no hyperparams.yaml)")
+            other = "and not the output folder of a run that has trained an epoch"
+            raise InputError(f"{self.path}: not the folder of a tagger (it has no {HPARAMS}), {other}")
         definitions = read_definitions(self.hparams_file)
         # nothing else in the file is built here, but SpeechBrain would
         check_trusted(tags_of(self.hparams_file.read_text(encoding="utf-8")), self.hparams_file, self.trust)
@@ -166,7 +175,7 @@ class Snapshot(Source):
 
     @property
     def hparams_file(self) -> Path:
-        return self.run / "hyperparams.yaml"
+        return self.run / HPARAMS
 
     @cached_property
     def definitions(self) -> Mapping[str, Any]:
@@ -178,7 +187,7 @@ class Snapshot(Source):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary.from_csv(self.run / "class_labels_indices.csv")
+        return Vocabulary.from_csv(self.run / CLASSES)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         state = load_weights(self.path)
@@ -213,11 +222,7 @@ class Published(Source):
     """A checkpoint of the published PSLA code, or of others that use its layout; its class list is a file of its own."""
 
     def __init__(
-        self,
-        path: str | Path,
-        labels: str | Path | None = None,
-        padding: str = PUBLISHED_PADDING,
-        n_frames: int = AUDIOSET_FRAMES,
+        self, path: str | Path, labels: str | Path | None = None, padding: str = PUBLISHED_PADDING, n_frames: int = AUDIOSET_FRAMES
     ):
         super().__init__(path)
         self.labels, self.n_frames, self._padding = labels, n_frames, padding
@@ -227,13 +232,12 @@ class Published(Source):
         return self._padding
 
     @cached_property
-    def _modules(self) -> dict[str, nn.Module]:
-        encoder, pooling = load_psla_checkpoint(self.path, self.padding)
-        return {"embedding_model": encoder, "classifier": pooling}
+    def _modules(self) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
+        return load_psla_checkpoint(self.path, self.padding)
 
     @cached_property
     def definitions(self) -> Mapping[str, Any]:
-        return psla_definitions(*self._modules.values(), self.n_frames)
+        return psla_definitions(*self._modules, self.n_frames)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -246,7 +250,7 @@ class Published(Source):
         return vocabulary
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {name: module.state_dict() for name, module in self._modules.items()}
+        return {name: module.state_dict() for name, module in zip(MODULES[2:], self._modules, strict=True)}
 
     def hparams(self) -> dict[str, Any]:
         if self.labels is None:
@@ -255,10 +259,7 @@ class Published(Source):
 
 
 def open_source(
-    path: str | Path | Source,
-    labels: str | Path | None = None,
-    trust: Sequence[str] = (),
-    weights: str | int = "average",
+    path: str | Path | Source, labels: str | Path | None = None, trust: Sequence[str] = (), weights: str | int = "average"
 ) -> Source:
     """Finds out what kind of trained model a path is. Nothing is constructed, and no weights are read, before they are asked for.
 
@@ -295,7 +296,8 @@ def open_source(
     if path.suffix == ".safetensors":
         return Snapshot(path, trust)
     if not path.suffix and not path.exists():
-        raise InputError(f"{path}: not the folder of a tagger: there is no such file or folder. A trained model is {KINDS}")
+        missing = f"({path}: no such file or folder)"
+        raise InputError(f"{path}: not the folder of a tagger, nor any other trained model {missing}. A trained model is {KINDS}")
     return Published(path, labels)
 
 
@@ -311,9 +313,9 @@ def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
     if not epochs:
         raise InputError(f"{folder}: not the output folder of a run that has trained an epoch")
     if weights == "average":
-        return Path(folder) / "snapshots" / "average.safetensors"
-    named = {"last": epochs[-1]["epoch"], "best": best_epoch(epochs)}
-    return snapshot_path(folder, int(named.get(weights, weights)))
+        return average_path(folder)
+    named: dict[str | int, int] = {"last": epochs[-1]["epoch"], "best": best_epoch(epochs)}
+    return snapshot_path(folder, named.get(weights) or int(weights))
 
 
 def flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -322,13 +324,7 @@ def flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Transfer(NamedTuple):
-    """Which tensors of a trained tagger a model has taken over; names as in a snapshot.
-
-    Example
-    -------
-    >>> print(Transfer(["embedding_model._bn0.bias"], ["classifier.cla.bias"]))
-    1 tensors taken; 1 not taken: classifier.cla.bias
-    """
+    """Which tensors of a trained tagger a model has taken over; names as in a snapshot."""
 
     taken: list[str]
     not_taken: list[str]
@@ -342,18 +338,7 @@ def load_pretrained_tagger(source: str | Path, modules: Mapping[str, nn.Module])
     """Fills a model with the weights of a trained tagger, to train it further. Nothing of the source is constructed.
 
     Where the pooling's tensors differ, as with another number of classes, or those of a front end, only the encoder is taken.
-
-    Arguments
-    ---------
-    source
-        Whatever `open_source` takes; of a run's folder, the weight average.
-    modules
-        `embedding_model` and `classifier`, and the front end if it has weights; filled in place.
-
-    Raises
-    ------
-    InputError
-        The source cannot be read, or its encoder is another one.
+    It is an `InputError` if the source cannot be read, or its encoder is another one.
 
     Example
     -------
@@ -376,11 +361,9 @@ def load_pretrained_tagger(source: str | Path, modules: Mapping[str, nn.Module])
         logger.warning(
             "%s was trained with padding '%s', but the model pads '%s': its outputs will differ. Set the padding of "
             "embedding_model, if that is not meant.",
-            source,
-            padding,
-            encoder.padding,
+            *(source, padding, encoder.padding),
         )
-    taken, not_taken = [*flat({"embedding_model": trained["embedding_model"]})], []
+    taken, not_taken = [*flat({"embedding_model": trained["embedding_model"]})], list[str]()
     for name in ("compute_features", "mean_var_norm", "classifier"):
         if name in trained:
             state = flat({name: trained[name]})

@@ -1,7 +1,9 @@
 """A trained model as a folder that `AudioTagger`, and SpeechBrain's `EncoderClassifier`, load from anywhere."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
@@ -9,63 +11,30 @@ from speechbrain.dataio.encoder import CategoricalEncoder
 from psla_sb.checkpoints.definitions import definitions_text, plain_definitions, read_definitions
 from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
 from psla_sb.files import atomic_write
+from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 
 
-def export_tagger(folder, hparams_file, modules, vocabulary):
-    """Writes `hyperparams.yaml`, `embedding_model.ckpt` and `classifier.ckpt` (safetensors) and `label_encoder.ckpt`.
-
-    The folder holds no path: it can be moved.
-
-    Arguments
-    ---------
-    folder : str or Path
-        Where to write; made if there is none.
-    hparams_file : str or Path
-        A YAML file with the definitions of the four modules and `sample_rate`: a run's `hyperparams.yaml`.
-    modules : dict of str to torch.nn.Module
-        `embedding_model` and `classifier`, trained.
-    vocabulary : Vocabulary
-        The classes.
-
-    Example
-    -------
-    >>> import torch
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> folder = getfixture("tmp_path")
-    >>> _ = (folder / "run.yaml").write_text('''
-    ... sample_rate: 16000
-    ... compute_features: !new:psla_sb.lobes.features.KaldiFbank
-    ... mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
-    ... embedding_model: !new:torch.nn.Identity
-    ... classifier: !new:torch.nn.Linear {in_features: 1, out_features: 2}
-    ... ''')
-    >>> modules = {"embedding_model": torch.nn.Identity(), "classifier": torch.nn.Linear(1, 2)}
-    >>> export_tagger(folder / "tagger", folder / "run.yaml", modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
-    >>> sorted(file.name for file in (folder / "tagger").iterdir())
-    ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
-    """
+def export_tagger(folder: str | Path, hparams_file: str | Path, modules: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+    """Writes a tagger whose four modules and `sample_rate` a YAML file defines; see `write_tagger`."""
     write_tagger(folder, read_definitions(hparams_file), modules, vocabulary)
 
 
-def write_tagger(folder, definitions, modules, vocabulary):
-    """What `export_tagger` does, with the definitions themselves in place of a run's file.
+def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+    """Writes `hyperparams.yaml`, `embedding_model.ckpt` and `classifier.ckpt` (safetensors) and `label_encoder.ckpt`.
+
+    A front end with weights gets files of its own. The folder holds no path: it can be moved.
 
     Arguments
     ---------
-    folder : str or Path
-        Where to write; made if there is none.
-    definitions : dict
+    definitions
         `sample_rate` and the four modules as YAML nodes, with tags such as `!new:`.
-    modules : dict of str to torch.nn.Module
-        `embedding_model` and `classifier`, trained.
-    vocabulary : Vocabulary
-        The classes.
+    modules
+        The modules that they define, trained.
 
     Example
     -------
     >>> import torch
-    >>> from psla_sb.labels.vocabulary import Vocabulary
     >>> definitions = ruamel.yaml.YAML().load('''
     ... sample_rate: 16000
     ... compute_features: !new:psla_sb.lobes.features.KaldiFbank
@@ -75,8 +44,8 @@ def write_tagger(folder, definitions, modules, vocabulary):
     ... ''')
     >>> modules = {"embedding_model": torch.nn.Identity(), "classifier": torch.nn.Linear(1, 2)}
     >>> write_tagger(getfixture("tmp_path"), definitions, modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
-    >>> print((getfixture("tmp_path") / "hyperparams.yaml").read_text().splitlines()[0])
-    sample_rate: 16000
+    >>> sorted(file.name for file in getfixture("tmp_path").iterdir())
+    ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
     """
     yaml, text = ruamel.yaml.YAML(), io.StringIO()
     text.write(definitions_text(plain_definitions(definitions, modules)))
@@ -95,15 +64,8 @@ def write_tagger(folder, definitions, modules, vocabulary):
         label_encoder(vocabulary).save(temporary)
 
 
-def label_encoder(vocabulary):
-    """SpeechBrain's encoder of the display names.
-
-    Example
-    -------
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> label_encoder(Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"])).ind2lab
-    {0: 'Bell', 1: 'Rain'}
-    """
+def label_encoder(vocabulary: Vocabulary) -> CategoricalEncoder:
+    """Makes SpeechBrain's encoder of the display names."""
     encoder = CategoricalEncoder()
     encoder.update_from_iterable(vocabulary.names)
     encoder.ignore_len()

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from psla_sb.errors import InputError
 
@@ -81,7 +82,7 @@ def as_names(trust: str | Sequence[str] | None) -> list[str]:
     >>> as_names("my_lobes"), as_names(None)
     (['my_lobes'], [])
     """
-    names = list(trust or []) if trust is None or isinstance(trust, list | tuple) else [trust]
+    names: list[Any] = list(trust or []) if trust is None or isinstance(trust, list | tuple) else [trust]
     for name in names:
         if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
             raise InputError(f"trust: {name!r} is not the name of a module, such as my_lobes")

@@ -25,11 +25,6 @@ def _normalisers(module: nn.Module) -> Iterator[tuple[str, InputNormalization]]:
 def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of a module, with the statistics that SpeechBrain's `InputNormalization` keeps apart from it.
 
-    Raises
-    ------
-    InputError
-        Something in it is no tensor, so that it could be lost.
-
     Example
     -------
     >>> list(state_of(InputNormalization()))
@@ -102,19 +97,11 @@ def trained_modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: modules[name] for name in MODULES if name in modules and (name in always or state_of(modules[name]))}
 
 
-def save_weights(modules, path):
-    """Writes the weights of modules into one safetensors file, keys `module.parameter`.
-
-    Arguments
-    ---------
-    modules : dict of str to torch.nn.Module
-        For a tagger, what `trained_modules` gives.
-    path : str or Path
-        The file, written whole or not at all.
+def save_weights(modules: Mapping[str, nn.Module], path: str | Path) -> None:
+    """Writes the weights of modules into one safetensors file, keys `module.parameter`; whole or not at all.
 
     Example
     -------
-    >>> import torch
     >>> path = getfixture("tmp_path") / "weights.safetensors"
     >>> save_weights({"classifier": torch.nn.Linear(2, 1)}, path)
     >>> sorted(load_weights(path))
@@ -131,21 +118,8 @@ def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
         )
 
 
-def load_weights(path):
-    """Reads a safetensors file as a state dict on the CPU.
-
-    Raises
-    ------
-    InputError
-        The file is missing or is not whole.
-
-    Example
-    -------
-    >>> load_weights("nowhere.safetensors")
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: nowhere.safetensors: no such file of weights
-    """
+def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file as a state dict on the CPU."""
     try:
         return load_file(path)
     except FileNotFoundError:
@@ -154,17 +128,11 @@ def load_weights(path):
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def load_into(modules, state, source="state dict"):
-    """Puts a state dict with keys `module.parameter` into modules.
-
-    Raises
-    ------
-    InputError
-        Keys or shapes differ; the message names them.
+def load_into(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor], source: str | Path = "state dict") -> None:
+    """Puts a state dict with keys `module.parameter` into modules; an `InputError` names the keys and shapes that differ.
 
     Example
     -------
-    >>> import torch
     >>> load_into({"classifier": torch.nn.Linear(1, 1)}, {"classifier.weight": torch.ones(1, 1)})
     Traceback (most recent call last):
     ...
@@ -186,17 +154,11 @@ def load_into(modules, state, source="state dict"):
         put_state(module, below(name, state))
 
 
-def load_module(module, path):
+def load_module(module: nn.Module, path: str | Path) -> None:
     """Puts the weights in a safetensors file into a module: a hook for SpeechBrain's Pretrainer, whose own reads pickles.
-
-    Raises
-    ------
-    InputError
-        The file is missing or broken, or does not fit the module.
 
     Example
     -------
-    >>> import torch
     >>> path = getfixture("tmp_path") / "classifier.ckpt"
     >>> save_file(torch.nn.Linear(2, 1).state_dict(), path)
     >>> load_module(torch.nn.Linear(2, 1), path)
@@ -205,21 +167,8 @@ def load_module(module, path):
     load_into({"weights": module}, state, path)
 
 
-def read_tensors(path):
-    """A state dict that `torch.save` wrote. Code in the file is never run.
-
-    Raises
-    ------
-    InputError
-        The file cannot be read, or holds anything but names and plain tensors.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "model.pth"
-    >>> torch.save({"bias": torch.zeros(2)}, path)
-    >>> read_tensors(path)
-    {'bias': tensor([0., 0.])}
-    """
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a state dict that `torch.save` wrote. Code in the file is never run, and anything but plain tensors is refused."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
@@ -239,12 +188,6 @@ def read_tensors(path):
     return state
 
 
-def below(name, state):
-    """The entries `name.*` of a state dict, without `name.`.
-
-    Example
-    -------
-    >>> below("classifier", {"classifier.bias": 1, "other.bias": 2})
-    {'bias': 1}
-    """
+def below(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Picks the entries `name.*` of a state dict, without `name.`."""
     return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -3,29 +3,11 @@
 import argparse
 import os
 
-from psla_sb.cli.options import NO_MODEL, _check_device, add_model, trusted
+from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
 
-def demo(arguments=None):
-    """`psla-demo`: serves a page that tags sounds.
-
-    Arguments
-    ---------
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-
-    Raises
-    ------
-    SystemExit
-        With status 2 if the command line or the model is wrong.
-
-    Example
-    -------
-    >>> demo(["--model", "nowhere"])
-    Traceback (most recent call last):
-    ...
-    SystemExit: 2
-    """
+def demo(arguments: list[str] | None = None) -> None:
+    """Runs `psla-demo`, by default with the arguments of this process."""
     parser = argparse.ArgumentParser("psla-demo", description="Serves a page: drop or record a sound, see its tags and timeline.")
     add_model(parser)
     parser.add_argument("--examples", metavar="FOLDER", help="sound files that the page offers")
@@ -38,14 +20,13 @@ def demo(arguments=None):
         parser.error(NO_MODEL)
     if not os.path.exists(options.model):
         parser.error(f"--model {options.model}: no such file or folder")
-    _check_device(parser, options.device)
+    # after the command line was checked: it takes seconds
     from psla_sb.demo import example_files, launch
     from psla_sb.errors import InputError
-    from psla_sb.inference.tagger import AudioTagger
 
     try:
         examples = example_files(options.examples) if options.examples else ()
-        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
+        tagger = load_tagger(parser, options)
         launch(tagger, options.model, examples, options.host, options.port, options.open)
     except InputError as error:
         parser.error(str(error))

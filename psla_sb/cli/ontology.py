@@ -7,22 +7,8 @@ from psla_sb.errors import InputError
 from psla_sb.labels.ontology import Ontology
 
 
-def ontology(arguments=None):
-    """`psla-ontology`: prints an ontology as a tree.
-
-    Arguments
-    ---------
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-
-    Example
-    -------
-    >>> import pathlib, tempfile
-    >>> path = pathlib.Path(tempfile.mkdtemp()) / "ontology.json"
-    >>> _ = path.write_text('[{"id": "/m/09x0r", "name": "Speech", "child_ids": []}]')
-    >>> ontology([str(path)])
-    Speech  /m/09x0r
-    """
+def ontology(arguments: list[str] | None = None) -> None:
+    """Runs `psla-ontology`, by default with the arguments of this process."""
     parser = argparse.ArgumentParser(prog="psla-ontology", description="Prints an ontology as a tree.", allow_abbrev=False)
     parser.add_argument("ontology", help="AudioSet's ontology.json")
     parser.add_argument("--annotation", help="annotation CSV (ID,wav,duration,labels) whose clips are counted")

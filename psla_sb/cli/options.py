@@ -1,43 +1,49 @@
-"""Options that several commands have."""
+"""Options that several commands have, and what they say."""
 
 import os
 import sys
+from argparse import ArgumentParser, Namespace
+from typing import Any
 
 NO_MODEL = """give --model FOLDER, the folder of a trained tagger. A training run writes one:
     make demo                    trains a small one in minutes, results/mini/1/tagger
     recipes/AudioSet/README.md   says how to train the real one
     psla-import                  makes one from a checkpoint of the published PSLA code"""
+TRUST = "a Python module whose classes the model may be made of, searched in this folder too; repeatable"
 
 
-def add_model(parser):
+def add_model(parser: ArgumentParser) -> None:
     """Adds the options that say which trained model to load."""
     parser.add_argument("--model", metavar="SOURCE", help="a tagger's folder, a run's folder, a snapshot, a published checkpoint")
     parser.add_argument("--labels", metavar="CSV", help="the class list of a published checkpoint")
     add_trust(parser)
 
 
-def add_trust(parser):
+def add_trust(parser: ArgumentParser) -> None:
     """Adds `--trust`."""
-    parser.add_argument(
-        "--trust",
-        metavar="MODULE",
-        action="append",
-        default=[],
-        help="a Python module whose classes the model may be made of, searched in this folder too; repeatable",
-    )
+    parser.add_argument("--trust", metavar="MODULE", action="append", default=[], help=TRUST)
 
 
-def trusted(options):
-    """What `--trust` named; modules in the current folder can then be imported, as they can where a script lies."""
+def trusted(options: Namespace) -> list[str]:
+    """Returns what `--trust` named; modules in the current folder can then be imported, as they can where a script lies."""
     if options.trust and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return options.trust
 
 
-def _check_device(parser, device):
+def load_tagger(parser: ArgumentParser, options: Namespace) -> Any:
+    """Loads the model that the options name, an `AudioTagger`, on their device; what is wrong ends the command, with status 2."""
+    # imports take seconds, and --help and a wrong command line need none
     import torch
 
+    from psla_sb.errors import InputError
+    from psla_sb.inference.tagger import AudioTagger
+
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {device} cannot be used: {error}")
+        parser.error(f"--device {options.device} cannot be used: {error}")
+    try:
+        return AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
+    except InputError as error:
+        parser.error(str(error))

@@ -1,9 +1,9 @@
 """`psla-pack`: puts the clips of an annotation into few large files, or verifies such files."""
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
-PACK_EXAMPLES = """examples:
+EXAMPLES = """examples:
   psla-pack results/psla/1/train.csv --data-folder /data/audioset --out /data/packs
   psla-pack results/psla/1/eval.csv --data-folder /data/audioset --out /data/packs
   psla-pack --verify /data/packs
@@ -15,32 +15,10 @@ A packing that was interrupted goes on with the same command.
 exit status: 0 if all is well, 1 if --verify found damage or packing was interrupted, 2 if the command line or the input is wrong"""
 
 
-def pack(arguments=None):
-    """`psla-pack`: puts the clips of an annotation into few large files, or verifies such files.
-
-    Arguments
-    ---------
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-
-    Raises
-    ------
-    SystemExit
-        With status 1 if damage was found or packing was interrupted, 2 if the command line or the input is wrong.
-
-    Example
-    -------
-    >>> pack(["nowhere.csv", "--out", "packs"])
-    Traceback (most recent call last):
-    ...
-    SystemExit: 2
-    """
-    parser = argparse.ArgumentParser(
-        "psla-pack",
-        description="Puts the clips of an annotation, as they are, into few large tar files, and writes the annotation of these.",
-        epilog=PACK_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def pack(arguments: list[str] | None = None) -> None:
+    """Runs `psla-pack`, by default with the arguments of this process."""
+    description = "Puts the clips of an annotation, as they are, into few large tar files, and writes the annotation of these."
+    parser = ArgumentParser("psla-pack", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("annotation", nargs="?", metavar="ANNOTATION", help="a CSV file (ID,wav,duration,labels)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="FOLDER", help="where to write the packs and their annotation, of the same name")
@@ -54,6 +32,7 @@ def pack(arguments=None):
         parser.error("give an annotation and --out FOLDER to pack, or --verify FOLDER alone")
     if not 1e-6 <= options.shard_size <= 1e12 or options.workers < 1:
         parser.error("--shard-size must be above 0, --workers 1 or more")
+    # after the command line was checked: it takes seconds
     from psla_sb.errors import InputError
     from psla_sb.prepare import pack_index, packing
 

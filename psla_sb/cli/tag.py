@@ -1,6 +1,5 @@
 """`psla-tag`: prints the tags of sound files."""
 
-import argparse
 import csv
 import glob
 import json
@@ -8,10 +7,14 @@ import os
 import shutil
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from psla_sb.cli.options import NO_MODEL, _check_device, add_model, trusted
+from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
+FILES = "WAV, FLAC, MP3 or Ogg, any sample rate; a folder, with all that is in it; a pattern; - for a WAV file on stdin"
 EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger sound.wav
   psla-tag --model results/psla/1/tagger recordings/ 'more/**/*.flac' --format jsonl > tags.jsonl
@@ -20,39 +23,14 @@ EXAMPLES = """examples:
 
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
 
+Answer = tuple[str, list[dict], str | None]  # what a file is called, its rows, its error
 
-def tag(arguments=None):
-    """`psla-tag`: prints the tags of sound files.
 
-    Arguments
-    ---------
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-
-    Raises
-    ------
-    SystemExit
-        With status 0 if all files were tagged, 1 if some could not be, 2 if the command line is wrong.
-
-    Example
-    -------
-    >>> tag(["sound.wav", "--model", "nowhere"])
-    Traceback (most recent call last):
-    ...
-    SystemExit: 2
-    """
-    parser = argparse.ArgumentParser(
-        "psla-tag",
-        description="Tags sound files: what can be heard in them, best first.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        help="WAV, FLAC, MP3 or Ogg, any sample rate; a folder, with all that is in it; a pattern; - for a WAV file on stdin",
-    )
+def tag(arguments: list[str] | None = None) -> None:
+    """Runs `psla-tag`, by default with the arguments of this process; it always ends with `SystemExit`."""
+    description = "Tags sound files: what can be heard in them, best first."
+    parser = ArgumentParser("psla-tag", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="the least score of a tag; of an event, by default 0.5")
@@ -71,15 +49,7 @@ def tag(arguments=None):
         parser.error(NO_MODEL)
     if options.plot and not options.plot.lower().endswith(".png"):
         parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
-    # imports take seconds, and --help and a wrong command line need none
-    from psla_sb.errors import InputError
-    from psla_sb.inference.tagger import AudioTagger
-
-    _check_device(parser, options.device)
-    try:
-        tagger = AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
-    except InputError as error:
-        parser.error(str(error))
+    tagger = load_tagger(parser, options)
     with tempfile.TemporaryDirectory() as folder:
         files, missing = _files(options.files, Path(folder) / "stdin.wav")
         if options.plot and len(files) != 1:
@@ -96,12 +66,14 @@ def tag(arguments=None):
     sys.exit(1 if failed or missing else 0)
 
 
-def _files(arguments, stdin):
+def _files(arguments: list[str], stdin: Path) -> tuple[dict[str, str], list[str]]:
     """{path: what the user calls it}, and what could not be found."""
     from psla_sb.dataio.audio import AUDIO_SUFFIXES
 
-    files, missing = {}, []
+    files: dict[str, str] = {}
+    missing = []
     for argument in arguments:
+        found = {argument: argument}
         if argument == "-":
             with open(stdin, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
@@ -110,15 +82,13 @@ def _files(arguments, stdin):
             found = {str(file): str(file) for file in sorted(Path(argument).rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES}
         elif glob.has_magic(argument) and not os.path.exists(argument):
             found = {file: file for file in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(file)}
-        else:
-            found = {argument: argument}
         if not found:
             missing.append(f"{argument}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")
         files |= found
     return files, missing
 
 
-def _answers(tagger, files, options):
+def _answers(tagger: Any, files: dict[str, str], options: Namespace) -> Iterator[Answer]:
     """Yields for each file what it is called, its rows as dicts, and its error."""
     from psla_sb.errors import InputError
     from psla_sb.inference.timeline import events, top_classes
@@ -126,7 +96,7 @@ def _answers(tagger, files, options):
 
     if not (options.timeline or options.events or options.plot):
         for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold):
-            yield files[path], tags and [one._asdict() for one in tags], error and error.replace(path, files[path])
+            yield files[path], [one._asdict() for one in tags or ()], error and error.replace(path, files[path])
         return
     for path, name in files.items():
         try:
@@ -135,7 +105,7 @@ def _answers(tagger, files, options):
                 draw(path, timeline, tagger.hparams.sample_rate, options.plot, name)
             if options.events:
                 found = events(timeline, options.threshold or 0.5)
-                rows = [{**event._asdict(), "start": round(event.start, 3), "end": round(event.end, 3)} for event in found]
+                rows = [one._replace(start=round(one.start, 3), end=round(one.end, 3))._asdict() for one in found]
             elif options.timeline:
                 best = [c for c in top_classes(timeline, options.top_k) if timeline.scores[:, c].max() >= (options.threshold or 0)]
                 rows = [
@@ -147,10 +117,10 @@ def _answers(tagger, files, options):
                 rows = [one._asdict() for one in tagger.tag_file(path, options.top_k, options.threshold)]
             yield name, rows, None
         except (InputError, OSError) as error:
-            yield name, None, str(error).replace(path, name)
+            yield name, [], str(error).replace(path, name)
 
 
-def _print(answers, form):
+def _print(answers: Iterable[Answer], form: str) -> bool:
     """Prints the answers as they come, errors on stderr; whether there were any."""
     failed, all_rows, table = False, {}, None
     for name, rows, error in answers:

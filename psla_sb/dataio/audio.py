@@ -3,8 +3,11 @@
 import io
 import math
 import os
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import soundfile
 import torch
@@ -21,41 +24,26 @@ SAMPLE_RATES = range(1_000, 1_000_001)  # in Hz; others come from broken headers
 
 
 class AudioError(InputError):
-    """A sound file that cannot be used; the message names the file.
-
-    Example
-    -------
-    >>> read_audio("nowhere.wav")
-    Traceback (most recent call last):
-    ...
-    psla_sb.dataio.audio.AudioError: nowhere.wav: no such file
-    """
+    """Says which sound file cannot be used, and why."""
 
 
 @lru_cache(maxsize=16)
-def _resampler(from_rate, to_rate):
+def _resampler(from_rate: int, to_rate: int) -> Resample:
     # The filter grows with both terms of the ratio: unrounded, a header with 44101 Hz in place of 44100 would cost gigabytes.
-    low, high = sorted((from_rate, to_rate))
-    ratio = Fraction(low, high).limit_denominator(1000)
-    terms = {low: ratio.numerator, high: ratio.denominator}
-    return Resample(terms[from_rate], terms[to_rate])
+    terms = Fraction(*sorted((from_rate, to_rate))).limit_denominator(1000).as_integer_ratio()
+    return Resample(*(terms if from_rate < to_rate else terms[::-1]))
 
 
-def read_audio(path, sample_rate=16000):
-    """Decodes a sound file, averages its channels and resamples it.
+def read_audio(path: str | Path, sample_rate: int = 16000) -> torch.Tensor:
+    """Decodes a sound file, averages its channels and resamples it to `[samples]`, float32; full scale is 1.
 
     Arguments
     ---------
-    path : str or Path
+    path
         A file that libsndfile reads: WAV, FLAC, MP3, Ogg and others; or a clip in a pack (see `psla_sb.dataio.packs`). Of a WAV
         or MP3 file that was cut off, which libsndfile cannot tell from a shorter one, it is what is there.
-    sample_rate : int
+    sample_rate
         Of the result, in Hz.
-
-    Returns
-    -------
-    torch.Tensor
-        `[samples]`, float32; the files' full scale is 1.
 
     Raises
     ------
@@ -73,13 +61,13 @@ def read_audio(path, sample_rate=16000):
     return as_floats(_read(path, sample_rate))
 
 
-def _read(path, sample_rate):
-    """What `read_audio` returns, or int16 `[samples]` if the file has nothing else, in one channel at this rate."""
+def _read(path: str | Path, sample_rate: int) -> torch.Tensor:
+    """Does the work of `read_audio`, but leaves the int16 samples of a file in one channel at this rate as they are."""
     source = _source(path)
     try:
         wave, rate = _decoded(source)
     except DECODING_ERRORS as error:
-        raise AudioError(_undecoded(path, error)) from None
+        raise _undecoded(path, error) from None
     _check_rate(path, rate)
     if len(wave) == 0:
         raise AudioError(f"{path}: has no samples")
@@ -89,17 +77,14 @@ def _read(path, sample_rate):
     return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
 
 
-def _source(path):
-    """What is to be decoded: the file of this name, or the bytes of a clip in a pack.
-
-    Nothing but a regular file is opened: a pipe or a device would keep the reader for ever.
-    """
-    place = packs.locate(path)
-    if place is not None and os.path.isfile(place.pack):
+def _source(path: str | Path) -> str | io.BytesIO:
+    """Gives what is to be decoded: the file of this name, or the bytes of a clip in a pack."""
+    if (place := packs.locate(path)) and os.path.isfile(place.pack):
         try:
             return io.BytesIO(packs.read(place))
         except (OSError, EOFError) as error:
             raise AudioError(f"{path}: cannot be read from its pack ({getattr(error, 'strerror', error)})") from None
+    # only a regular file is opened: a pipe or a device would keep the reader for ever
     if not os.path.isfile(path):
         parent = os.path.dirname(path)
         if os.path.isfile(parent):
@@ -109,8 +94,8 @@ def _source(path):
     return str(path)
 
 
-def _decoded(source):
-    """`[samples, channels]`, int16 or float32, and the sample rate."""
+def _decoded(source: str | io.BytesIO) -> tuple[torch.Tensor, int]:
+    """Gives `[samples, channels]`, int16 or float32, and the sample rate."""
     if (flac := read_flac(source)) is not None:
         return flac
     with soundfile.SoundFile(source) as file:
@@ -119,28 +104,21 @@ def _decoded(source):
         return torch.from_numpy(file.read(dtype="int16" if is_16_bit else "float32", always_2d=True)), file.samplerate
 
 
-def as_floats(samples):
-    """Samples of 16 bits as floats in [-1, 1); floats as they are.
-
-    Example
-    -------
-    >>> as_floats(torch.tensor([-(2**15), 2**14], dtype=torch.int16))
-    tensor([-1.0000,  0.5000])
-    """
+def as_floats(samples: torch.Tensor) -> torch.Tensor:
+    """Converts samples of 16 bits to floats in [-1, 1), and leaves floats as they are."""
     return samples.float().mul_(2**-15) if samples.dtype == torch.int16 else samples
 
 
-def _undecoded(path, error):
-    return f"{path}: cannot be decoded as sound ({getattr(error, 'error_string', error)})"
+def _undecoded(path: str | Path, error: Exception) -> AudioError:
+    return AudioError(f"{path}: cannot be decoded as sound ({getattr(error, 'error_string', error)})")
 
 
-def _check_rate(path, rate):
+def _check_rate(path: str | Path, rate: int) -> None:
     if rate not in SAMPLE_RATES:
         raise AudioError(f"{path}: has a sample rate of {rate} Hz in its header, which cannot be right")
 
 
-def _mono(path, wave):
-    """`[samples, channels]` -> `[samples]`"""
+def _mono(path: str | Path, wave: torch.Tensor) -> torch.Tensor:
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(dim=1)
     # the sum is not finite if any sample is not, and takes a fifth of the time
     if not torch.isfinite(wave.sum()) and not torch.isfinite(wave).all():
@@ -148,29 +126,10 @@ def _mono(path, wave):
     return wave
 
 
-def read_blocks(path, sample_rate=16000, seconds=10.0):
-    """Decodes a sound file of any length piece by piece.
+def read_blocks(path: str | Path, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
+    """Decodes a sound file of any length in pieces of `seconds`, each `[samples]`, float32.
 
-    The pieces, joined, are what `read_audio` returns, if the file is not damaged.
-
-    Arguments
-    ---------
-    path : str or Path
-        See `read_audio`.
-    sample_rate : int
-        Of the result, in Hz.
-    seconds : float
-        What is read at a time.
-
-    Yields
-    ------
-    torch.Tensor
-        `[samples]`, float32.
-
-    Raises
-    ------
-    AudioError
-        See `read_audio`.
+    The pieces, joined, are what `read_audio` returns, with the same arguments and errors, if the file is not damaged.
 
     Example
     -------
@@ -189,8 +148,8 @@ def read_blocks(path, sample_rate=16000, seconds=10.0):
         raise AudioError(f"{path}: has no samples")
 
 
-def _decoded_blocks(path, seconds):
-    """The sample rate, then the pieces in mono."""
+def _decoded_blocks(path: str | Path, seconds: float) -> Iterator[Any]:
+    """Yields the sample rate, then the pieces in mono."""
     source = _source(path)
     try:
         with soundfile.SoundFile(source) as file:
@@ -198,33 +157,18 @@ def _decoded_blocks(path, seconds):
             while len(block := file.read(max(1, round(seconds * file.samplerate)), dtype="float32", always_2d=True)):
                 yield _mono(path, torch.from_numpy(block))
     except DECODING_ERRORS as error:
-        raise AudioError(_undecoded(path, error)) from None
+        raise _undecoded(path, error) from None
 
 
-def resampled(blocks, resample):
-    """Resamples a signal that comes piece by piece; the result has no seams.
-
-    The filter repeats after a whole number of samples in (`orig_freq`) and out (`new_freq`). Each call gets as much of the signal
-    on either side as the filter reaches, and of its answer only whole periods are kept that saw no edge.
-
-    Arguments
-    ---------
-    blocks : iterable of torch.Tensor
-        `[samples]` each.
-    resample : torchaudio.transforms.Resample
-        With frequencies that have no common divisor.
-
-    Yields
-    ------
-    torch.Tensor
-        `[samples]`
-
-    Example
-    -------
-    >>> resample, wave = Resample(441, 160), torch.randn(10_000)
-    >>> torch.allclose(torch.cat(list(resampled(wave.split(3000), resample))), resample(wave), atol=1e-6)
-    True
-    """
+def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[torch.Tensor]:
+    """Resamples a signal that comes in pieces `[samples]`, without seams; the two frequencies must have no common divisor."""
+    # The filter repeats after a period: so many samples in, so many out. What it makes of a period depends on `context` periods
+    # on either side, so each call gets these as well, and of its answer only periods are kept that saw no edge:
+    #
+    #   signal    |-- context --|-------- new --------|-- context --|    in periods; what is before it has been dropped
+    #             0           done                  ready
+    #   yielded                 |-------- new --------|
+    #   next time                             |-- context --|--- ...
     period_in, period_out = resample.orig_freq, resample.new_freq
     context = resample.width // period_in + 2  # periods
     signal, done = torch.zeros(0), 0
@@ -235,35 +179,15 @@ def resampled(blocks, resample):
             yield resample(signal)[done * period_out : ready * period_out]
             dropped = max(0, ready - context)
             signal, done = signal[dropped * period_in :], ready - dropped
-    rest = resample(signal)[done * period_out :] if len(signal) else signal
-    if len(rest):
+    if len(signal) and len(rest := resample(signal)[done * period_out :]):
         yield rest
 
 
-def read_clip(path, sample_rate=16000, n_samples=None, place=0.0):
-    """A clip for the model: `read_audio`, less the whole clip's mean, then cut to `n_samples` if it is longer.
+def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0) -> torch.Tensor:
+    """Reads a clip for the model: `read_audio`, less the whole clip's mean, then cut to `n_samples` if it is longer.
 
-    Arguments
-    ---------
-    path : str or Path
-        See `read_audio`.
-    sample_rate : int
-        Of the result, in Hz.
-    n_samples : int, optional
-        The most that is kept.
-    place : float
-        Where a longer clip is cut, in [0, 1): 0 keeps its first samples, 0.5 the middle; a uniform random number makes all crops
-        equally likely.
-
-    Returns
-    -------
-    torch.Tensor
-        `[samples]`, float32.
-
-    Raises
-    ------
-    AudioError
-        See `read_audio`.
+    A longer clip is cut at `place` in [0, 1): 0 keeps its first samples, 0.5 the middle; a uniform random number makes all crops
+    equally likely.
 
     Example
     -------
@@ -271,78 +195,35 @@ def read_clip(path, sample_rate=16000, n_samples=None, place=0.0):
     >>> soundfile.write(path, [0.5] * 100 + [0.0] * 300, 16000)
     >>> read_clip(path, n_samples=200)[[0, 150]]
     tensor([ 0.3750, -0.1250])
-    >>> read_clip(path, n_samples=200, place=0.5)[0]
-    tensor(-0.1250)
     """
     return centred(*read_samples(path, sample_rate, n_samples, place))
 
 
-def read_samples(path, sample_rate=16000, n_samples=None, place=0.0):
-    """`read_clip` in as few bytes and steps as it takes: of a 16-bit file in one channel at this rate the samples themselves.
-
-    Arguments
-    ---------
-    path, sample_rate, n_samples, place
-        See `read_clip`.
-
-    Returns
-    -------
-    (torch.Tensor, float)
-        `[samples]`, int16 or float32, and what to subtract: see `centred`.
-
-    Raises
-    ------
-    AudioError
-        See `read_audio`.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "clip.wav"
-    >>> soundfile.write(path, [0.5] * 100 + [0.0] * 300, 16000)
-    >>> read_samples(path, n_samples=2)
-    (tensor([16384, 16384], dtype=torch.int16), 0.125)
-    """
+def read_samples(
+    path: str | Path, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0
+) -> tuple[torch.Tensor, float]:
+    """Reads what `read_clip` does, as `[samples]` in as few bytes as it takes (int16 if possible), and the mean for `centred`."""
     samples, mean = _read(path, sample_rate), math.nan
     if samples.dtype != torch.int16:
         samples -= samples.mean()
         mean = 0.0
     if n_samples is not None and len(samples) > n_samples:
-        if math.isnan(mean):
-            mean = _mean(samples, len(samples)).item()
+        # of the whole clip: `centred` sees only what is kept
+        mean = _mean(samples, len(samples)).item() if math.isnan(mean) else mean
         start = int(place * (len(samples) - n_samples + 1))
         samples = samples[start : start + n_samples]
     return samples, mean
 
 
-def centred(samples, mean, n_samples=None):
-    """Samples as floats, less their means.
+def centred(samples: torch.Tensor, mean: float | torch.Tensor, n_samples: torch.Tensor | None = None) -> torch.Tensor:
+    """Converts samples to floats and subtracts means, in full scales; NaN stands for the mean of the int16 samples themselves.
 
-    Arguments
-    ---------
-    samples : torch.Tensor
-        `[samples]` or, padded with zeros, `[batch, samples]`; int16 or float32.
-    mean : float or torch.Tensor
-        What to subtract, in full scales; `[batch, 1]` for a batch. NaN stands for the mean of the int16 samples themselves: to take
-        it of a whole batch is faster.
-    n_samples : torch.Tensor, optional
-        `[batch, 1]`, without padding.
-
-    Returns
-    -------
-    torch.Tensor
-        As the samples, float32; padding is not zero any more.
-
-    Example
-    -------
-    >>> centred(torch.tensor([0, 2**14], dtype=torch.int16), math.nan)
-    tensor([-0.2500,  0.2500])
-    >>> centred(torch.tensor([[0, 2**14]], dtype=torch.int16), torch.tensor([[0.5]]))
-    tensor([[-0.5000,  0.0000]])
+    For samples `[batch, samples]`, padded with zeros that do not stay zeros, means and lengths without padding are `[batch, 1]`.
     """
     mean = torch.as_tensor(mean, dtype=torch.float32, device=samples.device)
     own = _mean(samples, samples.shape[-1] if n_samples is None else n_samples)
     return as_floats(samples) - torch.where(mean.isnan(), own, mean)
 
 
-def _mean(samples, n_samples):
+def _mean(samples: torch.Tensor, n_samples: int | torch.Tensor) -> torch.Tensor:
     return samples.sum(-1, keepdim=samples.dim() > 1) / n_samples / 2**15

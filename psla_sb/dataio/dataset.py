@@ -6,22 +6,24 @@ A worker decodes and cuts; means are subtracted and features are computed on the
 import ctypes
 import gc
 import signal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
-from speechbrain.utils.data_pipeline import DataPipeline, provides, takes
+from speechbrain.utils.data_pipeline import DataPipeline
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, centred, read_samples
 from psla_sb.dataio.batches import ClipBatch
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
 from psla_sb.labels.label_sets import LabelSets
 
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "target", "partner", "error"]
-COMPACT_KEYS = ["samples", "mean"]
 CROPS = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
 # of glibc's malloc.h
@@ -30,48 +32,30 @@ KEPT_BYTES = 2**28
 
 
 class TaggingDataset(DynamicItemDataset):
-    """Clips with their multi-hot targets.
+    """Gives clips with their multi-hot targets, by row or by a `Draw` of a batch sampler.
 
-    An item is asked for by its row, or by a `Draw` of a batch sampler. It has SpeechBrain's `id`, and `index` (the row), `sig`
-    `[samples]`, `target` `[classes]`, `partner` (whether the clip is in the batch to be mixed into another) and `error`: what is
-    wrong with the sound file, or None. The process that trains raises it, because an exception that crosses from a worker process
-    arrives as a traceback.
-
-    With `redraw`, an item that cannot be read is replaced by another draw, and `skipped` lists (ID, error) of what was replaced.
+    An item has SpeechBrain's `id`, and `index` (the row), `sig` `[samples]`, `target` `[classes]`, `partner` (whether the clip is
+    there to be mixed into another) and `error`: what is wrong with the sound file, or None. The process that trains raises it,
+    because an exception that crosses from a worker process arrives as a traceback.
 
     Arguments
     ---------
-    manifest : Manifest
-        The clips.
-    label_sets : LabelSets
-        Their classes.
-    n_classes : int
-        Number of classes.
-    sample_rate : int
-        Of the waveforms, in Hz.
-    n_samples : int, optional
-        The most samples that are kept of a clip.
-    teacher : np.ndarray, optional
-        `[clips, classes]`, scores of other models, memory-mapped; an item then has its row of them as `teacher`.
-    crop : str
-        Which samples are kept of a longer clip: the "first", the "centre", or a "random" crop.
-    seed : int
-        Of random crops, with the epoch and the position of a draw.
-    redraw : callable, optional
-        Takes a Draw and the number of the attempt, from 1, and returns the Draw to replace it; such as `MixupBatchSampler.redraw`.
-    compact : bool
-        Whether items have, in place of `sig`, `samples` and `mean` (see `psla_sb.dataio.audio.read_samples`), for
-        `psla_sb.dataio.batches.ClipBatch`.
-
-    Raises
-    ------
-    ValueError
-        There is no such crop.
+    manifest, label_sets, n_classes
+        The clips and their classes.
+    sample_rate, n_samples
+        Of the waveforms, in Hz, and the most samples that are kept of a clip (None: all).
+    teacher
+        Scores of other models `[clips, classes]`, memory-mapped; an item then has its row of them as `teacher`.
+    crop, seed
+        Which samples are kept of a longer clip: the "first", the "centre", or a "random" crop by seed, epoch and position.
+    redraw
+        Takes a Draw that cannot be read and the number of the attempt, from 1, and returns the Draw to replace it; such as
+        `MixupBatchSampler.redraw`. An item then has `skipped`: (ID, error) of each clip that was replaced.
+    compact
+        Whether items have, in place of `sig`, `samples` and `mean` for a `ClipBatch` (see `read_samples`).
 
     Example
     -------
-    >>> from psla_sb.dataio.manifest import Manifest
-    >>> from psla_sb.labels.label_sets import LabelSets
     >>> manifest = Manifest.from_columns(["a"], ["nowhere.wav"], [1.0], ["/m/1"])
     >>> item = TaggingDataset(manifest, LabelSets.from_lists([[1]]), n_classes=3)[0]
     >>> item["target"], item["error"]
@@ -80,140 +64,85 @@ class TaggingDataset(DynamicItemDataset):
 
     def __init__(
         self,
-        manifest,
-        label_sets,
-        n_classes,
-        sample_rate=16000,
-        n_samples=None,
-        teacher=None,
-        crop="first",
-        seed=0,
-        redraw=None,
-        compact=False,
-    ):
+        manifest: Manifest,
+        label_sets: LabelSets,
+        n_classes: int,
+        sample_rate: int = 16000,
+        n_samples: int | None = None,
+        teacher: np.ndarray | None = None,
+        crop: str = "first",
+        seed: int = 0,
+        redraw: Callable[[Draw, int], Draw] | None = None,
+        compact: bool = False,
+    ) -> None:
         if crop not in CROPS:
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         # SpeechBrain's own __init__ makes a dictionary of all rows
         self.data, self.data_ids, self.redraw, self.compact = manifest, range(len(manifest)), redraw, compact
 
-        @takes("wav", "epoch", "position")
-        @provides("samples", "mean", "error")
-        def audio_pipeline(wav, epoch, position):
+        def audio(wav, epoch, position):
             place = draw_rng(seed, epoch, position, CROP).random() if crop == "random" else CROPS[crop]
             try:
-                samples, mean = read_samples(wav, sample_rate, n_samples, place)
-                error = None
-            except AudioError as caught:
-                samples, mean, error = torch.zeros(1, dtype=torch.int16), 0.0, str(caught)
-            yield samples
-            yield mean
-            yield error
+                return *read_samples(wav, sample_rate, n_samples, place), None
+            except AudioError as error:
+                return torch.zeros(1, dtype=torch.int16), 0.0, str(error)
 
-        @takes("samples", "mean")
-        @provides("sig")
-        def sig_pipeline(samples, mean):
-            return centred(samples, mean)
+        def target(index):
+            return torch.zeros(n_classes).index_fill_(0, torch.from_numpy(label_sets[index]).long(), 1.0)
 
-        @takes("index")
-        @provides("target")
-        def label_pipeline(index):
-            target = torch.zeros(n_classes)
-            target[torch.from_numpy(label_sets[index]).long()] = 1.0
-            return target
-
-        @takes("index")
-        @provides("teacher")
-        def teacher_pipeline(index):
+        def scores(index):
+            # a copy: the row of a memory-mapped file may be read-only
             return torch.from_numpy(np.array(teacher[index]))
 
-        outputs = [*OUTPUT_KEYS, *(COMPACT_KEYS if compact else ["sig"]), *([] if teacher is None else ["teacher"])]
-        self.pipeline = DataPipeline(STATIC_KEYS, [audio_pipeline, sig_pipeline, label_pipeline, teacher_pipeline], outputs)
+        items = [
+            {"func": audio, "takes": ["wav", "epoch", "position"], "provides": ["samples", "mean", "error"]},
+            {"func": centred, "takes": ["samples", "mean"], "provides": "sig"},
+            {"func": target, "takes": "index", "provides": "target"},
+            {"func": scores, "takes": "index", "provides": "teacher"},
+        ]
+        outputs = [*OUTPUT_KEYS, *(["samples", "mean"] if compact else ["sig"]), *([] if teacher is None else ["teacher"])]
+        self.pipeline = DataPipeline(STATIC_KEYS, items, outputs)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
-        item = self._item(draw)
-        if self.redraw is None:
-            return item
-        skipped = []
-        while item["error"] is not None and len(skipped) < MAX_REDRAWS:
+        item, skipped = self._item(draw), list[tuple[str, str]]()
+        while self.redraw and item["error"] is not None and len(skipped) < MAX_REDRAWS:
             skipped.append((item["id"], item["error"]))
             item = self._item(self.redraw(draw, len(skipped)))
-        return {**item, "skipped": skipped}
+        return {**item, "skipped": skipped} if self.redraw else item
 
-    def _item(self, draw):
+    def _item(self, draw: Draw) -> dict[str, Any]:
         return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
 
 
-def clip_loader(manifest, sample_rate, n_samples, batches, num_workers=0, crop="first"):
-    """A loader of clips without their labels.
+def clip_loader(
+    manifest: Manifest, sample_rate: int, n_samples: int | None, batches: Iterable[Any], num_workers: int = 0, crop: str = "first"
+) -> DataLoader:
+    """Makes a loader that gives a `ClipBatch` of clips, without their labels, for each sequence of rows in `batches`.
 
-    Arguments
-    ---------
-    manifest : Manifest
-        The clips.
-    sample_rate : int
-        In Hz.
-    n_samples : int or None
-        The most samples that are kept of a clip.
-    batches : sequence of sequences of int
-        The rows that make up each batch.
-    num_workers : int
-        Processes that decode.
-    crop : str
-        Which samples are kept: "first" or "centre".
-
-    Returns
-    -------
-    torch.utils.data.DataLoader
-        Of ClipBatch.
-
-    Example
-    -------
-    >>> from psla_sb.dataio.manifest import Manifest
-    >>> manifest = Manifest.from_columns(["a"], ["nowhere.wav"], [1.0], ["/m/1"])
-    >>> next(iter(clip_loader(manifest, 16000, None, [[0]]))).error
-    ['nowhere.wav: no such file']
+    `n_samples` is the most that is kept of a clip, its "first" ones or those in the "centre".
     """
     unlabelled = LabelSets(np.zeros(len(manifest) + 1, np.int64), np.zeros(0, np.int32))
-    return DataLoader(
-        TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples, crop=crop, compact=True),
-        batch_sampler=batches,
-        collate_fn=ClipBatch,
-        num_workers=num_workers,
-        worker_init_fn=init_worker,
-    )
+    clips = TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples, crop=crop, compact=True)
+    return DataLoader(clips, batch_sampler=batches, collate_fn=ClipBatch, num_workers=num_workers, worker_init_fn=init_worker)
 
 
-def init_worker(worker_id):
-    """A loader's `worker_init_fn`: only the process that trains decides what an interrupt means. It must call `end_workers`.
-
-    What the worker has inherited is left out of garbage collection, which writes to all objects, and so would copy their memory.
-    Of the memory that clips have had, it keeps what the next batch needs: asking the system for it anew takes longer than decoding.
-
-    Example
-    -------
-    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=init_worker)
-    """
+def init_worker(worker_id: int) -> None:
+    """Prepares a loader's worker process (`worker_init_fn`); the process that trains must then call `end_workers`."""
+    # only the process that trains decides what an interrupt means
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # garbage collection writes to all objects, and so would copy the memory of those that were inherited
     gc.freeze()
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    # malloc keeps the memory that a clip has had for the next one: asking the system for it anew takes longer than decoding
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
-def end_workers():
-    """Ends the worker processes of all loaders, also in the middle of an epoch.
-
-    Python ends those that are left at its exit by a signal, and waits for ever for those that ignore it.
-
-    Example
-    -------
-    >>> loader = torch.utils.data.DataLoader([1, 2], num_workers=1, worker_init_fn=init_worker)
-    >>> iterator = iter(loader)
-    >>> end_workers()
-    """
+def end_workers() -> None:
+    """Ends the worker processes of all loaders, also in the middle of an epoch."""
+    # Python ends those that are left at its exit by a signal, and waits for ever for those that ignore it (see `init_worker`)
     for candidate in gc.get_objects():
         if type(candidate) is _MultiProcessingDataLoaderIter:
             candidate._shutdown_workers()

@@ -15,24 +15,11 @@ SIGNATURE = b"fLaC"
 MOST_FRAMES = 2**26
 
 
-def read_flac(source):
-    """Decodes a file whose samples have 16 bits.
+def read_flac(source: str | io.BytesIO) -> tuple[torch.Tensor, int] | None:
+    """Decodes a FLAC file of 16 bits, given by its path or its bytes, to int16 `[samples, channels]` and its sample rate in Hz.
 
-    Arguments
-    ---------
-    source : str or io.BytesIO
-        A file's path, or its bytes.
-
-    Returns
-    -------
-    (torch.Tensor, int) or None
-        `[samples, channels]`, int16, and the sample rate in Hz. None if it is something else, damaged, longer than `MOST_FRAMES`,
-        or not of the length that its header tells.
-
-    Raises
-    ------
-    MemoryError
-        There is no room for what the header promises.
+    It gives None for another file, a damaged one, and one that is longer than `MOST_FRAMES` or not of the length that its header
+    tells; and raises a MemoryError if there is no room for what the header promises.
 
     Example
     -------
@@ -43,27 +30,9 @@ def read_flac(source):
     (tensor([[ 16384],
             [-16384]], dtype=torch.int16), 8000)
     """
+    # the decoder reads from these bytes, and keeps no copy
     data = lib and _bytes_of(source)
-    return _decode(data) if data else None
-
-
-def _bytes_of(source):
-    """All of a FLAC file; nothing of another one."""
-    if isinstance(source, io.BytesIO):
-        data = source.getvalue()
-        return data if data.startswith(SIGNATURE) else None
-    try:
-        with open(source, "rb", buffering=0) as file:
-            if file.read(len(SIGNATURE)) != SIGNATURE:
-                return None
-            file.seek(0)
-            return file.read()
-    except OSError:
-        return None
-
-
-def _decode(data):
-    flac = lib.ma_dr_flac_open_memory(data, len(data), ffi.NULL)
+    flac = lib.ma_dr_flac_open_memory(data, len(data), ffi.NULL) if data else None
     if not flac:
         return None
     try:
@@ -74,7 +43,21 @@ def _decode(data):
         samples = np.empty((n_frames + 1, flac.channels), np.int16)
         buffer = ffi.from_buffer("ma_dr_flac_int16[]", samples, require_writable=True)
         done = lib.ma_dr_flac_read_pcm_frames_s16(flac, n_frames + 1, buffer)
-        # it goes over frames with wrong checksums
+        # it goes over frames with wrong checksums, and so ends early
         return (torch.from_numpy(samples[:done]), flac.sampleRate) if done == n_frames else None
     finally:
         lib.ma_dr_flac_close(flac)
+
+
+def _bytes_of(source: str | io.BytesIO) -> bytes | None:
+    """Gives all of a FLAC file, and nothing of another one."""
+    if isinstance(source, io.BytesIO):
+        return source.getvalue() if source.getvalue().startswith(SIGNATURE) else None
+    try:
+        with open(source, "rb", buffering=0) as file:
+            if file.read(len(SIGNATURE)) != SIGNATURE:
+                return None
+            file.seek(0)
+            return file.read()
+    except OSError:
+        return None

@@ -1,12 +1,14 @@
 """Which clips an epoch trains on, and in which batches: class-balanced draws and mixup's partners."""
 
 import math
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from speechbrain.dataio.sampler import ReproducibleWeightedRandomSampler
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, Sampler
 
 from psla_sb.labels.label_sets import LabelSets
 
@@ -16,84 +18,46 @@ CHUNK = 65536
 CROP, REDRAW = 1, 2
 
 
-def class_balanced_weights(label_sets, n_classes, offset=0.01):
-    """Sampling weight of every clip: the sum over its classes of 1000 / (number of clips with the class + offset).
+def class_balanced_weights(label_sets: LabelSets | Sequence[Sequence[int]], n_classes: int, offset: float = 0.01) -> np.ndarray:
+    """Computes the sampling weight of every clip: the sum over its classes of 1000 / (number of clips with the class + offset).
 
-    Source: PSLA (Gong, Chung, Glass; IEEE/ACM TASLP 2021) with offset 0.01; later systems (PaSST, EfficientAT) use 100.
+    Source: PSLA (Gong, Chung, Glass; IEEE/ACM TASLP 2021) with offset 0.01; later systems (PaSST, EfficientAT) use 100. The larger
+    it is, the nearer to uniform sampling. The weights are float64 `[clips]`; a clip without a label has 0 and is never drawn. A
+    class that is given twice for one clip counts once; one that is out of range, or a negative offset, is a ValueError.
 
-    Arguments
-    ---------
-    label_sets : LabelSets | sequence of sequences of int
-        The class indices of every clip. A class that is given twice for one clip counts once.
-    n_classes : int
-        Number of classes.
-    offset : float
-        Added to every class's number of clips: the larger, the nearer to uniform sampling.
-
-    Returns
-    -------
-    np.ndarray
-        float64 [clips]. A clip without a label has the weight 0 and is never drawn.
-
-    Raises
-    ------
-    ValueError
-        If a class index is negative or not below `n_classes`, or the offset is negative.
-
-    Example
-    -------
     >>> class_balanced_weights([[0], [0, 1], []], n_classes=2, offset=0)
     array([ 500., 1500., 0.])
     """
     if not offset >= 0:
         raise ValueError(f"offset must be at least 0, got {offset}")
-    if not isinstance(label_sets, LabelSets):
-        label_sets = LabelSets.from_lists(label_sets)
+    label_sets = label_sets if isinstance(label_sets, LabelSets) else LabelSets.from_lists(label_sets)
     clips, classes = label_sets.pairs(n_classes)
     n_clips_with = np.bincount(classes, minlength=n_classes)
     return np.bincount(clips, weights=1000 / (n_clips_with[classes] + offset), minlength=len(label_sets))
 
 
 class BalancedSampler(ReproducibleWeightedRandomSampler):
-    """A `ReproducibleWeightedRandomSampler` for any number of clips, whose seeds share no draws.
+    """Draws clips by weight; call `set_epoch` before every epoch, otherwise the same ones are drawn again.
 
-    Its parent seeds with seed + epoch, so that epoch 2 of seed 1 is epoch 1 of seed 2, and cannot draw from more than 2^24
-    weights.
-
-    Note
-    ----
-    Call `set_epoch` before every epoch. Otherwise the same clips are drawn again.
+    Its parent seeds with seed + epoch, so that epoch 2 of seed 1 is epoch 1 of seed 2, and cannot draw from over 2^24 weights.
 
     Arguments
     ---------
-    weights : array_like
-        [clips], not negative; they need not sum to one. A clip of weight 0 is never drawn.
-    num_samples : int | None
-        Draws of an epoch; None: as many as there are weights.
-    replacement : bool
-        Whether a clip can be drawn more than once in an epoch. Without replacement, equal weights give a plain shuffle.
-    seed : int
-        Draws are those of `numpy.random.default_rng([seed, epoch])`.
-    epoch : int
-        The epoch to start at.
-
-    Raises
-    ------
-    ValueError
-        If a weight is negative or not finite, all are 0, or there are fewer positive weights than draws without replacement.
+    weights
+        `[clips]`, finite, not negative, of any positive sum. A clip of weight 0 is never drawn.
+    num_samples, replacement, seed, epoch
+        Draws of an epoch (None: as many as weights), and whether a clip can be drawn repeatedly; if not, equal weights shuffle.
+        They are those of `numpy.random.default_rng([seed, epoch])`.
 
     Example
     -------
-    >>> sampler = BalancedSampler([0.1, 0.9, 0.4, 0.0, 3.0, 0.6], num_samples=5, replacement=False)
-    >>> sorted(sampler)
+    >>> sorted(BalancedSampler([0.1, 0.9, 0.4, 0.0, 3.0, 0.6], num_samples=5, replacement=False))
     [0, 1, 2, 4, 5]
-    >>> first = list(sampler)
-    >>> sampler.set_epoch(1)
-    >>> list(sampler) == first
-    False
     """
 
-    def __init__(self, weights, num_samples=None, replacement=True, seed=563375142, epoch=0):
+    def __init__(
+        self, weights: ArrayLike, num_samples: int | None = None, replacement: bool = True, seed: int = 563375142, epoch: int = 0
+    ) -> None:
         weights = np.asarray(weights, np.float64)
         with np.errstate(over="ignore"):
             total = weights.sum()
@@ -107,29 +71,16 @@ class BalancedSampler(ReproducibleWeightedRandomSampler):
             )
         super().__init__(weights, num_samples, replacement, seed=seed, epoch=epoch)
 
-    def draw(self):
-        """The clips of the current epoch.
-
-        Returns
-        -------
-        np.ndarray
-            int64 [num_samples].
-
-        Example
-        -------
-        >>> BalancedSampler([0, 1.0, 0], num_samples=4).draw()
-        array([1, 1, 1, 1])
-        """
+    def draw(self) -> np.ndarray:
+        """Draws the clips of the current epoch, int64 `[num_samples]`."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        weights = self.weights.numpy()
         if self.replacement:
             # Sorted numbers are looked up many times faster; the shuffle makes the draws independent again.
-            points = rng.random(self.num_samples)
-            points.sort()
-            drawn = self._at(points)
+            drawn = self._at(np.sort(rng.random(self.num_samples)))
         else:
             # The smallest of exponential variables with rates w are a weighted draw without replacement (Efraimidis and
             # Spirakis, 2006), heaviest clips first: hence the shuffle here too.
+            weights = self.weights.numpy()
             positive = np.flatnonzero(weights)
             with np.errstate(over="ignore"):
                 times = rng.standard_exponential(len(positive)) / weights[positive]
@@ -137,120 +88,51 @@ class BalancedSampler(ReproducibleWeightedRandomSampler):
         rng.shuffle(drawn)
         return drawn
 
-    def _at(self, points):
-        """The clips whose shares of the cumulative weight hold some points of [0, 1)."""
+    def _at(self, points: np.ndarray | float) -> np.ndarray:
+        """Finds the clips whose shares of the cumulative weight hold some points of [0, 1)."""
         edges = np.cumsum(self.weights.numpy())
         # With denormal weights the product can round up to the last edge, beyond every clip.
         return edges.searchsorted(np.minimum(points * edges[-1], np.nextafter(edges[-1], 0)), side="right")
 
-    def redraw(self, rng):
-        """One clip more, by weight, from other random numbers than the epoch's draws.
-
-        Arguments
-        ---------
-        rng : np.random.Generator
-            Where its random number comes from.
-
-        Returns
-        -------
-        int
-
-        Example
-        -------
-        >>> BalancedSampler([0, 1.0, 0]).redraw(np.random.default_rng(7))
-        1
-        """
+    def redraw(self, rng: np.random.Generator) -> int:
+        """Draws one clip more, by weight, from other random numbers than the epoch's draws."""
         return int(self._at(rng.random()))
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         drawn = self.draw()
         return chain.from_iterable(drawn[i : i + CHUNK].tolist() for i in range(0, len(drawn), CHUNK))
 
 
 class Draw(NamedTuple):
-    """One clip of a batch, as a data set's `__getitem__` gets it.
+    """Tells a data set's `__getitem__` which clip of a batch it is to give."""
 
-    Arguments
-    ---------
-    index : int
-        Row of the clip in the data set.
-    epoch : int
-        The epoch it was drawn for.
-    position : int
-        Its place in the epoch's sequence of clips over all ranks; partners have numbers from the end of that sequence on. No
-        other clip of the epoch has it, so (seed, epoch, position) seeds what is random about this clip.
-    partner : bool
-        Whether it is there to be mixed into another clip.
-
-    Example
-    -------
-    >>> Draw(index=7, epoch=1, position=0, partner=False)
-    Draw(index=7, epoch=1, position=0, partner=False)
-    """
-
-    index: int
+    index: int  # type: ignore[assignment]  # row in the data set; hides tuple.index, which nobody calls
     epoch: int
+    # Its place in the epoch's sequence of clips over all ranks; partners have numbers from the end of that sequence on. No other
+    # clip of the epoch has it, so (seed, epoch, position) seeds what is random about this clip.
     position: int
-    partner: bool
+    partner: bool  # whether it is there to be mixed into another clip
 
 
-def draw_rng(seed, epoch, position, purpose, attempt=0):
-    """The random numbers of one clip of an epoch, whichever process reads it.
-
-    Arguments
-    ---------
-    seed, epoch, position : int
-        Of the run, and of the `Draw`.
-    purpose : int
-        What the numbers are for: of different purposes, they are independent.
-    attempt : int
-        How often numbers have been asked for before.
-
-    Returns
-    -------
-    np.random.Generator
-
-    Example
-    -------
-    >>> draw_rng(1, 2, 3, CROP).random() == draw_rng(1, 2, 3, REDRAW).random()
-    False
-    """
+def draw_rng(seed: int, epoch: int, position: int, purpose: int, attempt: int = 0) -> np.random.Generator:
+    """Seeds the random numbers of one `Draw`, whichever process reads it; other purposes and attempts have independent ones."""
     # the partners' spawn keys have one number
     return np.random.default_rng(np.random.SeedSequence([seed, epoch, position], spawn_key=(purpose, attempt)))
 
 
 class MixupBatchSampler(BatchSampler):
-    """Batches of a sampler's clips, each followed by `round(rate * len(batch))` partners for mixup.
+    """Makes batches of a sampler's clips, each followed by `round(rate * len(batch))` partners for mixup.
 
-    Partners are drawn uniformly from the whole set, as in PSLA, whatever the sampler does, and from (seed, epoch, number of
-    the batch): a batch is the same whichever rank makes it. Batch k goes to rank k mod `world_size`; batches that do not go
-    round are dropped, so that all ranks have equally many.
-
-    Note
-    ----
-    Call `set_epoch` before every epoch; it is passed on to the sampler.
+    Partners are drawn uniformly from the whole set, as in PSLA, whatever the sampler does, and from (seed, epoch, number of the
+    batch). Batch k goes to rank k mod `world_size`; batches that do not go round are dropped, so that all ranks have equally many,
+    and a ValueError says that they have none.
 
     Arguments
     ---------
-    sampler : torch.utils.data.Sampler
-        Yields rows; the same ones on every rank.
-    n_clips : int
-        Number of clips of the set that partners come from.
-    batch_size : int
-        Clips in a batch, partners not counted.
-    rate : float
-        Partners per clip of the batch, 0 to 1.
-    seed : int
-        Seed of the partners.
-    drop_last : bool
-        Whether to drop the last batch if it is not full.
-    rank, world_size : int
-        This process and the number of processes.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range or some rank would get no batch.
+    sampler, n_clips
+        Yields rows, the same ones on every rank; and the number of clips that partners come from.
+    batch_size, rate, seed, drop_last
+        Clips in a batch; partners for each of them, 0 to 1, and their seed; and whether to drop the last batch if it is not full.
 
     Example
     -------
@@ -258,11 +140,21 @@ class MixupBatchSampler(BatchSampler):
     >>> batches = MixupBatchSampler(SequentialSampler(range(5)), n_clips=5, batch_size=4, rate=0.5)
     >>> [[draw.index for draw in batch if not draw.partner] for batch in batches]
     [[0, 1, 2, 3], [4]]
-    >>> [sum(draw.partner for draw in batch) for batch in batches]
-    [2, 0]
     """
 
-    def __init__(self, sampler, n_clips, batch_size, rate=0.5, seed=563375142, drop_last=False, rank=0, world_size=1):
+    sampler: Any  # torch's are not said to have a length
+
+    def __init__(
+        self,
+        sampler: Sampler[int],
+        n_clips: int,
+        batch_size: int,
+        rate: float = 0.5,
+        seed: int = 563375142,
+        drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         super().__init__(sampler, batch_size, drop_last)
         if not 0 <= rate <= 1:
             raise ValueError(f"rate must be from 0 to 1, got {rate}")
@@ -270,73 +162,38 @@ class MixupBatchSampler(BatchSampler):
             raise ValueError(f"rank must be from 0 to world_size - 1, got {rank=}, {world_size=}")
         if n_clips < 1:
             raise ValueError(f"n_clips must be at least 1, got {n_clips}")
-        self.n_clips = n_clips
-        self.rate = rate
-        self.seed = int(seed)
-        self.rank = rank
-        self.world_size = world_size
+        self.n_clips, self.rate, self.seed, self.rank, self.world_size = n_clips, rate, int(seed), rank, world_size
         self.epoch = getattr(sampler, "epoch", 0)
         if len(self) == 0:
             raise ValueError(
-                f"{len(sampler)} clips are no batch of {batch_size} for each of {world_size} processes: lower batch_size or the "
-                "number of processes" + (", or keep the last batch" if drop_last else "")
+                f"{len(self.sampler)} clips are no batch of {batch_size} for each of {world_size} processes: lower batch_size or "
+                "the number of processes" + (", or keep the last batch" if drop_last else "")
             )
 
-    def set_epoch(self, epoch):
-        """Choose the epoch whose batches the next iteration yields.
-
-        Example
-        -------
-        >>> batches = MixupBatchSampler(BalancedSampler([1.0, 2.0]), n_clips=2, batch_size=2)
-        >>> batches.set_epoch(3)
-        >>> batches.sampler.epoch
-        3
-        """
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses, also for the sampler, the epoch that the next iteration yields; call it before every epoch."""
         self.epoch = epoch
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
-    def redraw(self, draw, attempt):
-        """Another clip in place of one that cannot be read, drawn as that one was: by the sampler, or uniformly for a partner.
-
-        Arguments
-        ---------
-        draw : Draw
-            The clip that cannot be read.
-        attempt : int
-            How many clips in its place this one is, from 1.
-
-        Returns
-        -------
-        Draw
-            Of the same epoch and position.
-
-        Example
-        -------
-        >>> batches = MixupBatchSampler(BalancedSampler([0, 1.0, 0]), n_clips=3, batch_size=2)
-        >>> batches.redraw(Draw(index=0, epoch=1, position=5, partner=False), attempt=1)
-        Draw(index=1, epoch=1, position=5, partner=False)
-        """
+    def redraw(self, draw: Draw, attempt: int) -> Draw:
+        """Replaces a clip that cannot be read by another one, drawn as that one was: by the sampler, or uniformly for a partner."""
         rng = draw_rng(self.seed, draw.epoch, draw.position, REDRAW, attempt)
         by_weight = not draw.partner and hasattr(self.sampler, "redraw")
         return draw._replace(index=self.sampler.redraw(rng) if by_weight else int(rng.integers(self.n_clips)))
 
-    def __len__(self):
-        n_clips, size = len(self.sampler), self.batch_size
-        return (n_clips // size if self.drop_last else math.ceil(n_clips / size)) // self.world_size
+    def __len__(self) -> int:
+        return super().__len__() // self.world_size
 
-    def __iter__(self):
-        rows, epoch = iter(self.sampler), self.epoch
-        n_partners = round(self.rate * self.batch_size)
-        for k in range(len(self) * self.world_size):
-            clips = list(islice(rows, self.batch_size))
-            if k % self.world_size != self.rank:
-                continue
+    def __iter__(self) -> Iterator[list[Draw]]:  # type: ignore[override]  # torch's yields integers
+        epoch, n_partners = self.epoch, round(self.rate * self.batch_size)
+        # Every rank walks through the whole sequence, so that the sampler draws the same clips on each, and takes its turns.
+        turns = islice(enumerate(super().__iter__()), self.rank, len(self) * self.world_size, self.world_size)
+        for k, clips in turns:
             # A spawn key, because default_rng([seed, epoch, 0]) is default_rng([seed, epoch]): the sampler's numbers.
             rng = np.random.default_rng(np.random.SeedSequence([self.seed, epoch], spawn_key=(k,)))
             partners = rng.integers(self.n_clips, size=round(self.rate * len(clips))).tolist()
-            first, first_partner = k * self.batch_size, len(self.sampler) + k * n_partners
             yield [
-                *(Draw(row, epoch, i, False) for i, row in enumerate(clips, first)),
-                *(Draw(row, epoch, i, True) for i, row in enumerate(partners, first_partner)),
+                *(Draw(row, epoch, i, False) for i, row in enumerate(clips, k * self.batch_size)),
+                *(Draw(row, epoch, i, True) for i, row in enumerate(partners, len(self.sampler) + k * n_partners)),
             ]

@@ -1,11 +1,13 @@
-"""`main`: the one body behind every recipe's `aggregate.py`: trained models -> figures of each, of their ensemble, of their mean.
+"""`main`: the body of every recipe's `aggregate.py`: trained models -> figures of each, of their ensemble, of their mean.
 
 The YAML file, `hparams/aggregate.yaml` of a recipe, says which models and on which clips.
 """
 
 import json
 import signal
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,12 +16,14 @@ import ruamel.yaml
 import speechbrain as sb
 from speechbrain.utils.distributed import if_main_process, infer_device, run_on_main
 from speechbrain.utils.logger import get_logger
+from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.aggregation.averaging import average_weights, update_batch_norm
-from psla_sb.aggregation.members import _distinct_taggers, _on_cpu, _why_no_average, export_ensemble, find_members
+from psla_sb.aggregation.members import distinct_taggers, export_ensemble, find_members, on_cpu, why_no_average
 from psla_sb.aggregation.report import ensemble_table, figures_of, greedy_selection, write_classes
 from psla_sb.aggregation.scoring import front_end, score
-from psla_sb.checkpoints.sources import open_source
+from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS
+from psla_sb.checkpoints.sources import Snapshot, Source, open_source
 from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.checkpoints.weights import load_into, trained_modules
 from psla_sb.dataio.bad_clips import audio_check
@@ -35,38 +39,17 @@ from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import summarize
 
 logger = get_logger(__name__)
+
 REQUIRED_KEYS = (
-    *(
-        "runs",
-        "members",
-        "first_epoch",
-        "output_folder",
-        "annotation",
-        "class_list",
-        "data_folder",
-        "select",
-        "selection_annotation",
-    ),
-    *("batch_norm_annotation", "export", "batch_size", "num_workers"),
+    *("runs", "members", "first_epoch", "output_folder", "annotation", "class_list", "data_folder", "select"),
+    *("selection_annotation", "batch_norm_annotation", "export", "batch_size", "num_workers"),
 )
 # Clips from which batch-norm statistics are estimated: more change no digit that matters.
 NORM_CLIPS = 10_000
 
 
-def main(recipe, arguments=None):
-    """Runs a recipe's `aggregate.py`; what is wrong with the input is printed without a traceback.
-
-    Arguments
-    ---------
-    recipe : str
-        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-
-    Raises
-    ------
-    SystemExit
-        With status 2, if the input is wrong; 75, if it was interrupted by SIGTERM or Ctrl-C: the same command goes on.
+def main(recipe: str, arguments: list[str] | None = None) -> None:
+    """Runs a recipe's `aggregate.py`; see `psla_sb.experiment.launch.main`.
 
     Example
     -------
@@ -78,44 +61,23 @@ def main(recipe, arguments=None):
     launch.main(recipe, aggregate, arguments)
 
 
-def aggregate(hparams_file, run_opts, overrides):
-    """One aggregation, from the YAML file to the figures.
-
-    Arguments
-    ---------
-    hparams_file : str or Path
-        The YAML file.
-    run_opts : RunOptions
-        SpeechBrain's run options.
-    overrides : dict
-        Values that replace those of the file's keys.
-
-    Returns
-    -------
-    dict
-        What is written to `ensemble.json`.
-
-    Raises
-    ------
-    InputError
-        See the message.
-    """
+def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any] | None:
+    """Runs one aggregation, from the YAML file to the figures, which it returns as `ensemble.json` has them."""
     run_opts = launch.start_processes(run_opts)
     hparams = load_hparams(hparams_file, overrides, REQUIRED_KEYS, ("output_folder",))
-    crop = crop_of("eval_crop", hparams)
-    sources = find_members(hparams["runs"], hparams["members"], hparams["first_epoch"])
-    vocabulary, manifest, selection, labels = _open_annotations(hparams)
+    crop, trust = crop_of("eval_crop", hparams), hparams.get("trust", ())
+    paths = find_members(hparams["runs"], hparams["members"], hparams["first_epoch"])
+    vocabulary, manifest, selection, class_list = _open_annotations(hparams)
     folder = Path(hparams["output_folder"])
     if (folder / "results.json").exists():
         raise InputError(
             f"{folder}: the output folder of a training run; choose another --output_folder, whose files may be replaced"
         )
-    trust = hparams.get("trust", ())
-    opened = {name: open_source(source, labels, trust) for name, source in sources.items()}
-    taggers = _distinct_taggers(opened.values())
-    if hparams["export"] and len({front_end(_on_cpu(source)) for source in opened.values()}) > 1:
+    sources = {name: open_source(path, class_list, trust) for name, path in paths.items()}
+    taggers = distinct_taggers(sources.values())
+    if hparams["export"] and len({front_end(on_cpu(source)) for source in sources.values()}) > 1:
         raise InputError("members have different front ends, so their ensemble cannot be one tagger: pass --export=False")
-    sb.create_experiment_directory(folder, hparams_file, overrides)
+    sb.create_experiment_directory(str(folder), hparams_file, overrides)
     for signum in launch.STOP_SIGNALS:
         # what is scored is on disk at once: there is nothing more to save
         signal.signal(signum, launch.stop)
@@ -125,36 +87,35 @@ def aggregate(hparams_file, run_opts, overrides):
         "num_workers": hparams["num_workers"],
         "run_opts": {"device": device, "precision": run_opts.eval_precision},
         "crop": crop,
-        "trust": trust,
     }
 
-    def check(name, clips):
+    def check(name: str, clips: Manifest) -> Callable:
         return audio_check(hparams.get("on_bad_audio", "error"), folder, name, len(clips))
 
     chosen, picked = list(sources), None
     if selection is not None:
-        scores = score(opened, selection, vocabulary, folder / "selection_scores", **options, check=check("selection", selection))
-        targets = selection.label_sets(vocabulary).to_multi_hot(np.arange(len(selection)), len(vocabulary))
-        order, precisions = greedy_selection([scores[name] for name in opened], targets)
+        scores = score(sources, selection, vocabulary, folder / "selection_scores", check=check("selection", selection), **options)
+        targets = selection.targets(vocabulary)
+        order, precisions = greedy_selection([scores[name] for name in sources], targets)
         chosen = [chosen[i] for i in order]
         best = max(sources, key=lambda name: summarize(scores[name], targets)["mAP"])
         picked = {"annotation_file": selection.source, "mAP": precisions, "best_single": best}
-    reason = _why_no_average([opened[name] for name in chosen], taggers)
-    scored = dict(opened)
+    members = [sources[name] for name in chosen]
+    reason, scored = why_no_average(members, taggers), dict(sources)
     if reason is None:
         average = folder / "weight_average"
-        run_on_main(_write_average, [[opened[name] for name in chosen], hparams, manifest.data_root, average, device])
+        run_on_main(_write_average, [members, hparams, manifest.data_root, average, device])
         scored["weight_average"] = open_source(average, trust=trust)
-    scores = score(scored, manifest, vocabulary, folder / "scores", **options, check=check("evaluation", manifest))
+    scores = score(scored, manifest, vocabulary, folder / "scores", check=check("evaluation", manifest), **options)
     if not if_main_process():
         return None
-    targets = manifest.label_sets(vocabulary).to_multi_hot(np.arange(len(manifest)), len(vocabulary))
+    targets = manifest.targets(vocabulary)
     report, ensemble = figures_of(scores, chosen, targets)
     report = {
         "annotation_file": manifest.source,
         "n_clips": len(manifest),
         **stamp(manifest, vocabulary),
-        "sources": {name: str(source) for name, source in sources.items()},
+        "sources": {name: str(path) for name, path in paths.items()},
         "selection": picked,
         **report,
     }
@@ -168,36 +129,28 @@ def aggregate(hparams_file, run_opts, overrides):
         temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
     write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
     if hparams["export"]:
-        export_ensemble(folder / "tagger", [opened[name] for name in chosen], vocabulary)
+        export_ensemble(folder / "tagger", members, vocabulary)
     # matplotlib is slow to import, and only this process draws
     from psla_sb.plots.ensemble import ensemble_curve
 
     singles = [report["members"][name]["mAP"] for name in chosen]
-    precisions = [figures["mAP"] for figures in report["so_far"]]
-    ensemble_curve(singles, precisions, folder / "ensemble.png", report["weight_average"].get("mAP"))
+    so_far = [figures["mAP"] for figures in report["so_far"]]
+    ensemble_curve(singles, so_far, folder / "ensemble.png", report["weight_average"].get("mAP"))
     logger.info("\n%s", ensemble_table(report))
     return report
 
 
-def _open_annotations(hparams):
-    """The classes and the clips; what the YAML file does not say is as in the first run.
+def _open_annotations(hparams: Mapping[str, Any]) -> tuple[Vocabulary, Manifest, Manifest | None, str]:
+    """Classes, clips to report on, clips to select on, and the file with the classes.
 
-    Returns
-    -------
-    (Vocabulary, Manifest, Manifest or None, str)
-        Classes, clips to report on, clips to select on, and the file with the classes.
-
-    Raises
-    ------
-    InputError
-        A file is not named or is wrong, or members would be selected on the clips that they are reported on.
+    What the YAML file does not say is as in the first run.
     """
-    first = Path(str(hparams["runs"][0] if isinstance(hparams["runs"], list) else hparams["runs"]))
-    run = first if first.is_dir() else first.resolve().parents[1]
+    first = str(hparams["runs"][0] if isinstance(hparams["runs"], list) else hparams["runs"])
+    source = open_source(first)
     settings, class_list = {}, hparams["class_list"]
-    if (run / "class_labels_indices.csv").is_file() and (run / "hyperparams.yaml").is_file():
-        settings = ruamel.yaml.YAML().load((run / "hyperparams.yaml").read_text(encoding="utf-8"))
-        class_list = class_list or str(run / "class_labels_indices.csv")
+    if isinstance(source, Snapshot) and (source.run / CLASSES).is_file() and source.hparams_file.is_file():
+        settings = ruamel.yaml.YAML().load((source.run / HPARAMS).read_text(encoding="utf-8"))
+        class_list = class_list or str(source.run / CLASSES)
     data_folder = hparams["data_folder"] or settings.get("data_folder")
     annotation = hparams["annotation"] or settings.get("test_annotation") or settings.get("valid_annotation")
     if annotation is None or class_list is None:
@@ -207,9 +160,10 @@ def _open_annotations(hparams):
         return vocabulary, manifest, None, class_list
     if hparams["select"] != "greedy":
         raise InputError(f"select must be null or greedy, not {hparams['select']!r}")
-    if (hparams["selection_annotation"] or settings.get("valid_annotation")) is None:
+    selection_annotation = hparams["selection_annotation"] or settings.get("valid_annotation")
+    if selection_annotation is None:
         raise InputError("select=greedy needs --selection_annotation=..., clips on which nothing is reported")
-    selection = Manifest.from_file(hparams["selection_annotation"] or settings["valid_annotation"], data_folder)
+    selection = Manifest.from_file(selection_annotation, data_folder)
     common = pc.sum(pc.is_in(selection.paths(), value_set=pa.array(manifest.paths()))).as_py()
     if common:
         raise InputError(
@@ -219,7 +173,9 @@ def _open_annotations(hparams):
     return vocabulary, manifest, selection, class_list
 
 
-def _write_average(sources, hparams, data_folder, folder, device):
+def _write_average(
+    sources: Sequence[Source], hparams: Mapping[str, Any], data_folder: str | None, folder: Path, device: str
+) -> None:
     """Writes the mean of members' weights as the folder of a tagger, with new batch-norm statistics if asked for."""
     tagger = AudioTagger.from_source(sources[0], run_opts={"device": device})
     load_into(trained_modules(tagger.mods), average_weights(sources))

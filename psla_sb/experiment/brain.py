@@ -5,30 +5,34 @@ import inspect
 import logging
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import speechbrain as sb
 import torch
+from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, write_results
+from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, write_results, write_scores
 from psla_sb.checkpoints.weights import persistent_buffers, remember_statistics, save_weights, trained_modules
 from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError, Interrupted
-from psla_sb.files import atomic_write
 from psla_sb.lobes import chain
-from psla_sb.metrics import FIGURES, TaggingStats, summarize
+from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
 logger = get_logger(__name__)
+
 EPSILON = 1e-7
 
 
-def binary_cross_entropy(probabilities, targets):
+def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     """The mean over clips and classes of the binary cross-entropy of probabilities `[batch, classes]` with targets in [0, 1].
 
     PyTorch's own function stops the program where a probability is not a number; this one gives a loss that is none.
@@ -72,27 +76,16 @@ class TaggingBrain(sb.Brain):
     """
 
     stop_requested = False
-    audio_checks = {}  # noqa: RUF012 - replaced, never changed
+    # by stage; replaced, never changed
+    audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
+    n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
 
-    def scores(self, wavs, wav_lens):
-        """Probabilities without augmentation.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            `[batch, samples]`
-        wav_lens : torch.Tensor
-            `[batch]`, relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, classes]`
-        """
+    def scores(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
+        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation."""
         # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
         return chain.probabilities(self.hparams.modules, wavs, wav_lens)
 
-    def compute_forward(self, batch, stage):
+    def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> tuple[Tensor, Tensor]:
         """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
 
         If clips have the scores of a teacher, these follow the targets as further columns, and are mixed as they are.
@@ -107,14 +100,8 @@ class TaggingBrain(sb.Brain):
         wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, sum(batch.partner))
         return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment), targets
 
-    def augment_waveforms(self, wavs, wav_lens, targets, n_partners):
-        """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone.
-
-        Raises
-        ------
-        InputError
-            The batch has partners for mixup, and nothing in the list mixes; or something changes the number of clips.
-        """
+    def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone."""
         mixup = getattr(self.hparams, "mixup", None)
         for augment in getattr(self.hparams, "waveform_augment", [] if mixup is None else [mixup]):
             if "targets" in inspect.signature(getattr(augment, "forward", augment)).parameters:
@@ -133,11 +120,11 @@ class TaggingBrain(sb.Brain):
         return wavs, wav_lens, targets
 
     @property
-    def loss(self):
+    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Takes probabilities and targets `[batch, classes]`."""
         return getattr(self.hparams, "loss", binary_cross_entropy)
 
-    def compute_objectives(self, predictions, batch, stage):
+    def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
 
         With a teacher, `distillation_weight` times the cross-entropy with its scores is added (Hinton, Vinyals, Dean, "Distilling
@@ -151,7 +138,7 @@ class TaggingBrain(sb.Brain):
             loss, *distillation = (self.loss(p, t) for t in targets.split(p.shape[1], dim=1))
             return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
 
-    def on_fit_batch_start(self, batch, should_step):
+    def on_fit_batch_start(self, batch: PaddedBatch, should_step: bool) -> None:
         """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
         self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
         self.batch_ids = batch.id
@@ -163,14 +150,8 @@ class TaggingBrain(sb.Brain):
         if (self.step - 1) % self.grad_accumulation_factor == 0:
             self.put_statistics_back = remember_statistics(self.modules)
 
-    def check_loss_isfinite(self, loss):
-        """As SpeechBrain's; the clips of batches whose loss is not finite are listed in `nonfinite_batches.csv`.
-
-        Raises
-        ------
-        InputError
-            There were more of these batches in this epoch than `nonfinite_patience`.
-        """
+    def check_loss_isfinite(self, loss: Tensor) -> None:
+        """As SpeechBrain's, but lists the clips of batches whose loss is not finite in `nonfinite_batches.csv`."""
         if not torch.isfinite(loss):
             file = Path(self.hparams.output_folder) / "nonfinite_batches.csv"
             with open(file, "a", newline="", encoding="utf-8") as stream:
@@ -183,7 +164,7 @@ class TaggingBrain(sb.Brain):
                 )
         super().check_loss_isfinite(loss)
 
-    def optimizers_step(self):
+    def optimizers_step(self) -> None:
         """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
         gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
         finite = torch.isfinite(get_total_norm(gradients))
@@ -198,12 +179,12 @@ class TaggingBrain(sb.Brain):
             return
         self.put_statistics_back()
 
-    def evaluate_batch(self, batch, stage):
+    def evaluate_batch(self, batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """As SpeechBrain's, after a look for broken sound files."""
         self.audio_checks.get(stage, check_audio)(batch)
         return super().evaluate_batch(batch, stage)
 
-    def make_dataloader(self, dataset, stage, ckpt_prefix="dataloader-", **loader_kwargs):
+    def make_dataloader(self, dataset: Any, stage: sb.Stage, ckpt_prefix: str = "dataloader-", **loader_kwargs: Any) -> Any:
         """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
         policy, folder = getattr(self.hparams, "on_bad_audio", "error"), getattr(self.hparams, "output_folder", ".")
         check = audio_check(policy, folder, stage.name.lower(), len(dataset))
@@ -214,26 +195,27 @@ class TaggingBrain(sb.Brain):
             n_clips = min(len(dataset), self.debug_batches * size * world_size) if self.debug else len(dataset)
             starts = range(rank * size, n_clips, world_size * size)
             loader_kwargs["batch_sampler"] = [range(start, min(start + size, n_clips)) for start in starts]
-            self.n_clips = {**getattr(self, "n_clips", {}), stage: n_clips}
+            self.n_clips = {**self.n_clips, stage: n_clips}
         if getattr(dataset, "compact", False):
             loader_kwargs.setdefault("collate_fn", ClipBatch)
         return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
 
-    def _train_loader_specifics(self, dataset, loader_kwargs):
+    def _train_loader_specifics(self, dataset: Any, loader_kwargs: dict[str, Any]) -> dict[str, Any]:
         # SpeechBrain would wrap the batch sampler, which shards itself; and would not tell it the epoch
         self.train_sampler = loader_kwargs["batch_sampler"]
         return loader_kwargs
 
-    def _compile(self):
-        if self.compile and self.compile_module_keys is None:
+    def _compile(self) -> None:
+        if self.compile and getattr(self, "compile_module_keys", None) is None:
             # the compiler's order of operations moves the log of nearly empty mel bands
             self.compile_module_keys = ["embedding_model", "classifier"]
         super()._compile()
 
-    def _wrap_distributed(self):
+    def _wrap_distributed(self) -> None:
         # SpeechBrain converts to synchronised batch norm, which has no CPU version, and which PSLA did not use
         if not self.distributed_launch:
-            return super()._wrap_distributed()
+            super()._wrap_distributed()
+            return
         for name, module in self.modules.items():
             if any(p.requires_grad for p in module.parameters()):
                 device_ids = [self.device] if self.device_type == "cuda" else None
@@ -241,44 +223,44 @@ class TaggingBrain(sb.Brain):
                     module, device_ids=device_ids, find_unused_parameters=self.find_unused_parameters
                 )
 
-    def _should_save_intra_epoch_ckpt(self, last_ckpt_time, steps_since_ckpt):
+    def _should_save_intra_epoch_ckpt(self, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
         due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
         self.stopping = self._any_rank(self.stop_requested)
         # gradients that wait for the rest of an accumulation are not saved
         return (due or self.stopping) and self.step % self.grad_accumulation_factor == 0
 
-    def _save_intra_epoch_ckpt(self):
+    def _save_intra_epoch_ckpt(self) -> None:
         super()._save_intra_epoch_ckpt()
         if self.stopping:
             raise Interrupted
 
-    def _any_rank(self, flag):
+    def _any_rank(self, flag: bool) -> bool:
         if not self.distributed_launch:
             return flag
-        flag = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+        flags = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags)
 
-    def request_stop(self, signum, frame):
+    def request_stop(self, signum: int, frame: Any) -> None:
         """A signal handler: asks to finish the step, to save and to stop; a second Ctrl-C stops at once."""
         if self.stop_requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
         logger.warning("%s: finishing the step, then saving. Ctrl-C again leaves at once.", signal.Signals(signum).name)
 
-    def on_fit_start(self):
+    def on_fit_start(self) -> None:
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
         super().on_fit_start()
         # what a killed run wrote of an epoch that it did not finish is written again
         self.epochs = read_results(self.hparams.output_folder).get("epochs", [])[: self.hparams.epoch_counter.current]
-        self.score_sum = None
+        self.mean_scores: MeanScores | None = None
 
-    def on_stage_start(self, stage, epoch=None):
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Makes room for the scores of a validation or test."""
         if stage != sb.Stage.TRAIN:
             self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
 
-    def on_stage_end(self, stage, stage_loss, epoch=None):
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Ends an epoch of training or the scoring of a set."""
         if stage == sb.Stage.TRAIN:
             self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": stage_loss}
@@ -289,10 +271,10 @@ class TaggingBrain(sb.Brain):
                     torch.distributed.broadcast(buffer, 0)
             return
         self.stats.reduce()
-        if stage == sb.Stage.VALID:
+        if stage == sb.Stage.VALID and epoch is not None:
             self.on_epoch_end(epoch)
 
-    def on_epoch_end(self, epoch):
+    def on_epoch_end(self, epoch: int) -> None:
         """Records the epoch, then writes a checkpoint; keeps the last and the best by validation mAP."""
         record = run_on_main(self.record_epoch, [epoch])
         if self.checkpointer is not None:
@@ -301,14 +283,8 @@ class TaggingBrain(sb.Brain):
         if self._any_rank(self.stop_requested):
             raise Interrupted
 
-    def record_epoch(self, epoch):
-        """Writes the epoch's scores, weights and figures.
-
-        Returns
-        -------
-        dict
-            The figures.
-        """
+    def record_epoch(self, epoch: int) -> dict[str, Any]:
+        """Writes the epoch's scores, weights and figures; returns the figures."""
         folder, figures = self.hparams.output_folder, self.stats.summarize()
         record = {
             "epoch": epoch,
@@ -329,20 +305,19 @@ class TaggingBrain(sb.Brain):
             )
         return record
 
-    def loss_of(self, stats):
+    def loss_of(self, stats: TaggingStats) -> float:
         """A stage's loss, which is not the mean over its batches: a short last one would count like a full one."""
         return float(self.loss(stats.scores.clamp(EPSILON, 1 - EPSILON), stats.targets))
 
-    def ensemble_with(self, epoch, scores):
+    def ensemble_with(self, epoch: int, scores: np.ndarray) -> dict[str, Any]:
         """Writes an epoch's scores; returns the figures of the mean of the scores of all epochs up to it."""
-        if self.score_sum is None:
-            self.score_sum = np.zeros(scores.shape)
+        folder = self.hparams.output_folder
+        if self.mean_scores is None:
+            self.mean_scores = MeanScores()
             for earlier in range(1, epoch):
-                self.score_sum += np.load(prediction_path(self.hparams.output_folder, f"valid_epoch_{earlier:02d}"))
-        with atomic_write(prediction_path(self.hparams.output_folder, f"valid_epoch_{epoch:02d}")) as temporary:
-            np.save(temporary, scores)
-        self.score_sum += scores
-        return summarize(self.score_sum / epoch, self.stats.targets.numpy())
+                self.mean_scores.add(np.load(prediction_path(folder, f"valid_epoch_{earlier:02d}")))
+        write_scores(folder, f"valid_epoch_{epoch:02d}", scores)
+        return summarize(self.mean_scores.add(scores), self.stats.targets.numpy())
 
-    def on_evaluate_start(self, max_key=None, min_key=None):
+    def on_evaluate_start(self, max_key: Any = None, min_key: Any = None) -> None:
         """Evaluates the weights that are in the modules, where SpeechBrain would load its best checkpoint."""

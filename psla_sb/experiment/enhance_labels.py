@@ -5,12 +5,15 @@ What it writes is in `--help`; the rules are in `psla_sb.labels.enhancement`, th
 
 import argparse
 import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.aggregation.scoring import score
 from psla_sb.dataio.bad_clips import audio_check
@@ -20,9 +23,12 @@ from psla_sb.experiment import launch
 from psla_sb.experiment.hparams import crop_of, load_hparams, prepare
 from psla_sb.files import atomic_write
 from psla_sb.labels.enhancement import candidate_matrix, class_thresholds, enhance, warn_of_classes_without_clips
+from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.report import audit, audit_table, class_table, clip_table, mended, mended_by_chance, pair_table
 from psla_sb.labels.teacher_scores import IDS, SCORES, new_array
+from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.metrics import MeanScores
 from psla_sb.prepare.official_files import fetch_metadata
 
 DESCRIPTION = """\
@@ -42,22 +48,8 @@ ROWS_AT_ONCE = 10_000
 AUDIT_ROWS = 20
 
 
-def main(recipe, arguments=None, read_labels=Manifest.from_file):
-    """Runs a recipe's `enhance_labels.py`; what is wrong with the input is printed without a traceback.
-
-    Arguments
-    ---------
-    recipe : str
-        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
-    arguments : list of str, optional
-        The command line, by default `sys.argv[1:]`.
-    read_labels : callable
-        Reads what `--clean` names, as a `Manifest`.
-
-    Raises
-    ------
-    SystemExit
-        With status 2, if the input is wrong.
+def main(recipe: str, arguments: list[str] | None = None, read_labels: Callable[[str], Manifest] = Manifest.from_file) -> None:
+    """Runs a recipe's `enhance_labels.py`; `read_labels` reads what `--clean` names. See `psla_sb.experiment.launch.main`.
 
     Example
     -------
@@ -87,8 +79,8 @@ def main(recipe, arguments=None, read_labels=Manifest.from_file):
     launch.main(recipe, functools.partial(run, options, read_labels), rest)
 
 
-def threshold_kind(text):
-    """A threshold as the command line gives it.
+def threshold_kind(text: str) -> str | float:
+    """Reads a threshold as the command line gives it.
 
     Example
     -------
@@ -106,27 +98,14 @@ def threshold_kind(text):
     return value
 
 
-def run(options, read_labels, hparams_file, run_opts, overrides):
-    """What `main` does once the command line is read.
-
-    Arguments
-    ---------
-    options : argparse.Namespace
-        Own options.
-    read_labels : callable
-        See `main`.
-    hparams_file : str or Path
-        The recipe's YAML file.
-    run_opts : RunOptions
-        SpeechBrain's run options.
-    overrides : dict
-        Values that replace those of the file's keys.
-
-    Raises
-    ------
-    InputError
-        See the message.
-    """
+def run(
+    options: argparse.Namespace,
+    read_labels: Callable[[str], Manifest],
+    hparams_file: str | Path,
+    run_opts: RunOptions,
+    overrides: dict[str, Any],
+) -> None:
+    """Does what the command line, of which `options` are our own part, asks for."""
     run_opts = launch.start_processes(run_opts)
     # the recipe's own encoder is not used: nothing is downloaded for it
     hparams = load_hparams(hparams_file, overrides, if_there={"pretrained": None})
@@ -147,9 +126,8 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
         truth = read_labels(options.clean)
         clean = truth.label_sets(vocabulary).take(manifest.rows_in(truth.table["ID"], options.clean))
     check_relations(vocabulary, ontology, options.types)
-    trust = hparams["trust"]
-    scores = teacher_scores(options.teacher, manifest, vocabulary, folder, hparams, run_opts, options.labels, trust)
-    if not if_main_process():
+    scores = teacher_scores(options.teacher, manifest, vocabulary, folder, hparams, run_opts, options.labels)
+    if scores is None:
         return
     warn_of_classes_without_clips(labels, vocabulary)
     summary = [
@@ -159,56 +137,25 @@ def run(options, read_labels, hparams_file, run_opts, overrides):
     print("\n".join(_lines(summary)) + f"\nWritten into {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
-def check_relations(vocabulary, ontology, types):
-    """Refuses an ontology that says nothing about the classes, before hours of scoring.
-
-    Raises
-    ------
-    InputError
-        No class is another's child or ancestor.
-
-    Example
-    -------
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> check_relations(Vocabulary(["/m/1"], ["Bell"]), Ontology([]), ["I", "II"])
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.InputError: the ontology relates none of the 1 classes to another; is it that of this data set?
-    """
+def check_relations(vocabulary: Vocabulary, ontology: Ontology, types: Sequence[str]) -> None:
+    """Refuses an ontology that says nothing about the classes, before hours of scoring."""
     if not candidate_matrix(vocabulary, ontology, types).any():
         raise InputError(f"the ontology relates none of the {len(vocabulary)} classes to another; is it that of this data set?")
 
 
-def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, labels=None, trust=()):
-    """Scores clips and writes `scores.npy` and `ids.csv`.
+def teacher_scores(
+    teachers: Sequence[str],
+    manifest: Manifest,
+    vocabulary: Vocabulary,
+    folder: Path,
+    hparams: Mapping[str, Any],
+    run_opts: Mapping[str, Any],
+    labels: str | None = None,
+) -> np.ndarray | None:
+    """Scores clips, and writes `scores.npy` and `ids.csv`; returns the scores, float32 `[clips, classes]`, memory-mapped.
 
-    Arguments
-    ---------
-    teachers : list of str
-        What `AudioTagger.from_any` loads; of several, the mean of the scores is taken.
-    manifest : Manifest
-        The clips.
-    vocabulary : Vocabulary
-    folder : Path
-        Where to write.
-    hparams : dict
-        The recipe's, for its loader.
-    run_opts : RunOptions
-        SpeechBrain's, for device and precision.
-    labels : str or Path, optional
-        The class list of teachers that are checkpoints of the published code, by default the recipe's.
-    trust : sequence of str
-        Modules whose classes teachers may be made of.
-
-    Returns
-    -------
-    np.ndarray
-        float32 `[clips, classes]`, memory-mapped.
-
-    Raises
-    ------
-    InputError
-        A teacher cannot be loaded or has other classes, or a sound file cannot be read.
+    Of several teachers the mean of the scores is taken. `labels` is the class list of teachers that are checkpoints of the
+    published code, by default the recipe's.
     """
     one = len(teachers) == 1
     members = {Path(SCORES).stem: teachers[0]} if one else {f"teacher_{i}": source for i, source in enumerate(teachers, 1)}
@@ -221,7 +168,7 @@ def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, la
         **loader,
         run_opts=run_opts,
         labels=labels or hparams["class_list"],
-        trust=trust,
+        trust=hparams.get("trust", ()),
         crop=crop_of("eval_crop", hparams),
         check=audio_check(hparams.get("on_bad_audio", "error"), folder, "train", len(manifest)),
     )
@@ -232,44 +179,32 @@ def teacher_scores(teachers, manifest, vocabulary, folder, hparams, run_opts, la
             _write_mean(list(each.values()), folder / SCORES)
         write_table(manifest.table.select(["ID"]), folder / IDS)
         return np.load(folder / SCORES, mmap_mode="r")
+    return None
 
 
-def _write_mean(arrays, path):
+def _write_mean(arrays: Sequence[np.ndarray], path: Path) -> None:
     with atomic_write(path) as temporary:
         mean = new_array(temporary, arrays[0].shape)
         for start in range(0, len(mean), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            mean[rows] = sum(array[rows].astype(np.float64) for array in arrays) / len(arrays)
+            scores = MeanScores()
+            for array in arrays:
+                mean[rows] = scores.add(array[rows])
         mean.flush()
 
 
-def report(manifest, labels, scores, vocabulary, ontology, kind, types, folder, clean=None):
-    """Enhances the labels with one threshold, and writes the annotation, the tables and the picture.
-
-    Arguments
-    ---------
-    manifest : Manifest
-        The clips.
-    labels : LabelSets
-        Their labels.
-    scores : np.ndarray
-        `[clips, classes]`, of these clips in this order.
-    vocabulary : Vocabulary
-    ontology : Ontology
-    kind : "mean", "median" or float
-        The threshold.
-    types : sequence of str
-        "I" adds direct children, "II" ancestors.
-    folder : Path
-        Where to write.
-    clean : LabelSets, optional
-        The true labels, if they are known.
-
-    Returns
-    -------
-    dict
-        A row of the summary.
-    """
+def report(
+    manifest: Manifest,
+    labels: LabelSets,
+    scores: np.ndarray,
+    vocabulary: Vocabulary,
+    ontology: Ontology,
+    kind: str | float,
+    types: Sequence[str],
+    folder: Path,
+    clean: LabelSets | None = None,
+) -> dict[str, Any]:
+    """Enhances the labels with one threshold, writes the annotation, the tables and the picture; returns a row of the summary."""
     name = kind if isinstance(kind, str) else f"{kind:g}"
     thresholds = class_thresholds(scores, labels, kind)
     enhanced = enhance(labels, scores, vocabulary, ontology, thresholds, types)
@@ -293,24 +228,8 @@ def report(manifest, labels, scores, vocabulary, ontology, kind, types, folder, 
     return row
 
 
-def write_audit(table, folder):
-    """Writes `audit.csv`, and prints the classes with most gaps.
-
-    Arguments
-    ---------
-    table : pyarrow.Table
-        See `psla_sb.labels.report.audit_table`.
-    folder : Path
-        Where to write.
-
-    Example
-    -------
-    >>> row = {"mid": "/m/1", "name": "Bell", "clips": 9, "without_parent": 2, "without_child": 4}
-    >>> write_audit(pa.Table.from_pylist([row]), getfixture("tmp_path"))
-         clips  without a parent  without any child  class
-             9                 2                  4  Bell
-    Every class is in ...audit.csv
-    """
+def write_audit(table: pa.Table, folder: Path) -> None:
+    """Writes `audit.csv`, and prints the classes with most gaps."""
     write_table(table, Path(folder) / "audit.csv")
     print(f"{'clips':>10}{'without a parent':>18}{'without any child':>19}  class")
     for row in table.slice(0, AUDIT_ROWS).to_pylist():
@@ -318,21 +237,13 @@ def write_audit(table, folder):
     print(f"Every class is in {Path(folder) / 'audit.csv'}")
 
 
-def write_table(table, path):
-    """Writes a table as CSV, whole or not at all.
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "clips.csv"
-    >>> write_table(pa.table({"ID": ["a"], "n_added": [2]}), path)
-    >>> path.read_text().splitlines()
-    ['"ID","n_added"', '"a",2']
-    """
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a table as CSV, whole or not at all."""
     with atomic_write(path) as temporary:
         pyarrow.csv.write_csv(table, temporary)
 
 
-def _lines(summary):
+def _lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The summary as text; what is known only with true labels is in the last columns."""
     names = list(summary[0])
     yield "  ".join(f"{name:>16}" for name in names)

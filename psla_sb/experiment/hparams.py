@@ -1,9 +1,12 @@
 """A recipe's command line and its YAML file -> what they describe, or an error that says which key is wrong."""
 
+import argparse
 import difflib
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ruamel.yaml
 from hyperpyyaml import load_hyperpyyaml, resolve_references
@@ -21,7 +24,7 @@ from psla_sb.labels.vocabulary import Vocabulary
 PATH_KEYS = ("data_folder", "output_folder", "class_list", "train_annotation", "valid_annotation")
 REQUIRED_KEYS = (
     *PATH_KEYS,
-    *(
+    *[
         "seed",
         "test_annotation",
         "skip_prep",
@@ -32,42 +35,15 @@ REQUIRED_KEYS = (
         "balanced_sampling",
         "mixup_rate",
         "label_enhancement",
-    ),
-    *("compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"),
-    *("batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"),
-    *(
-        "average_start",
-        "epoch_counter",
-        "optimizer",
-        "schedule",
-        "train_logger",
-        "checkpointer",
-        "published",
-    ),
+    ],
+    *["compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"],
+    *["batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"],
+    *["average_start", "epoch_counter", "optimizer", "schedule", "train_logger", "checkpointer", "published"],
 )
 
 
-def prepare(hparams):
-    """Runs the steps that write the annotations, unless `skip_prep` is set.
-
-    Returns
-    -------
-    Vocabulary
-        The classes.
-
-    Raises
-    ------
-    InputError
-        A step fails, or there are not `n_classes` classes.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> hparams = {"skip_prep": True, "prepare": [], "class_list": folder / "classes.csv", "n_classes": 2}
-    >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(hparams["class_list"])
-    >>> prepare(hparams)
-    Vocabulary(2 classes, 'Bell' to 'Rain')
-    """
+def prepare(hparams: Mapping[str, Any]) -> Vocabulary:
+    """Runs the steps that write the annotations, unless `skip_prep` is set, and reads the `n_classes` classes."""
     if not hparams["skip_prep"]:
         for step in hparams["prepare"]:
             run_on_main(step)
@@ -80,13 +56,8 @@ def prepare(hparams):
     return vocabulary
 
 
-def crop_of(key, hparams):
+def crop_of(key: str, hparams: Mapping[str, Any]) -> str:
     """What `train_crop` or `eval_crop` says, by default the first samples.
-
-    Raises
-    ------
-    InputError
-        There is no such crop.
 
     Example
     -------
@@ -112,7 +83,7 @@ class CommandLine(RunOptions):
     """
 
     @classmethod
-    def _create_parser(cls):
+    def _create_parser(cls) -> argparse.ArgumentParser:
         parser = RunOptions._create_parser()
         parser.allow_abbrev = False
         for action in parser._actions:
@@ -123,8 +94,10 @@ class CommandLine(RunOptions):
         return parser
 
     @staticmethod
-    def _convert_to_yaml(overrides):
-        values, trusted, arguments = {}, [], list(overrides)
+    def _convert_to_yaml(overrides: list[str]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        trusted: list[str] = []
+        arguments = list(overrides)
         while arguments:
             argument = arguments.pop(0)
             if not argument.startswith("--"):
@@ -148,25 +121,16 @@ class CommandLine(RunOptions):
         return {**values, "trust": trusted} if trusted else values
 
 
-def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS, if_there=()):
-    """Builds what a YAML file describes.
+def load_hparams(
+    file: str | Path,
+    overrides: Mapping[str, Any],
+    required: Sequence[str] = REQUIRED_KEYS,
+    paths: Sequence[str] = PATH_KEYS,
+    if_there: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Builds what a YAML file describes, with overrides of its keys, and of keys that it need not have (`if_there`).
 
-    Arguments
-    ---------
-    file : str or Path
-        The YAML file.
-    overrides : dict
-        Values that replace those of its keys.
-    required, paths : sequence of str
-        Keys that must be there, and those of them whose values must be paths; by default those of a training.
-    if_there : dict, optional
-        Overrides of keys that a file need not have.
-
-    Raises
-    ------
-    InputError
-        The file is not YAML, an override names no key of it, a key that must be given is not, or something that the file
-        describes cannot be built.
+    What is wrong with the file, or with an override, is an `InputError`: it is said before anything is built, if that can be known.
 
     Example
     -------
@@ -188,7 +152,7 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS, if_th
     # every recipe can be told whom to trust, also by a YAML file of before there was such a key
     trust = as_names(overrides.get("trust", keys.get("trust")))
     overrides = {key: value for key, value in overrides.items() if key != "trust"}
-    overrides = {key: value for key, value in dict(if_there).items() if key in keys} | overrides
+    overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
     for key in overrides:
         if key not in keys:
             near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
@@ -221,13 +185,8 @@ def load_hparams(file, overrides, required=REQUIRED_KEYS, paths=PATH_KEYS, if_th
     return {**hparams, "trust": trust}
 
 
-def check_paths(file, values):
+def check_paths(file: str | Path, values: Mapping[str, Any]) -> None:
     """Refuses values of path keys that are no text.
-
-    Raises
-    ------
-    InputError
-        One is not.
 
     Example
     -------

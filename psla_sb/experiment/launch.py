@@ -4,10 +4,13 @@ import dataclasses
 import errno
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import end_workers
@@ -22,16 +25,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def main(recipe, job, arguments=None):
-    """Runs a recipe; what is wrong with the input is printed without a traceback.
+def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], arguments: list[str] | None = None) -> None:
+    """Runs a recipe's script; what is wrong with the input is printed without a traceback.
 
     Arguments
     ---------
-    recipe : str
-        The recipe's script: a YAML file that is not found from the current folder is looked for beside it.
-    job : callable
+    recipe
+        The script: a YAML file that is not found from the current folder is looked for beside it.
+    job
         What is done with the YAML file, the run options and the overrides.
-    arguments : list of str, optional
+    arguments
         The command line, by default `sys.argv[1:]`.
 
     Raises
@@ -39,13 +42,6 @@ def main(recipe, job, arguments=None):
     SystemExit
         With status 2, if the input is wrong or the disk is full; 75, if the run was interrupted by SIGTERM or Ctrl-C and has saved
         its state.
-
-    Example
-    -------
-    >>> main("recipes/AudioSet/train.py", print, ["hparams/nothing.yaml"])
-    Traceback (most recent call last):
-    ...
-    SystemExit: 2
     """
     handlers = [signal.getsignal(signum) for signum in STOP_SIGNALS]
     try:
@@ -58,7 +54,7 @@ def main(recipe, job, arguments=None):
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"--device={run_opts.device} cannot be used: {reason}") from None
-        job(file if Path(file).is_file() else beside, run_opts, overrides)
+        job(Path(file) if Path(file).is_file() else beside, run_opts, overrides)
     except Interrupted:
         if if_main_process():
             print("Interrupted, and saved. The same command goes on from here.", file=sys.stderr)
@@ -88,33 +84,17 @@ def main(recipe, job, arguments=None):
             torch.distributed.destroy_process_group()
 
 
-def stop(signum, frame):
-    """A signal handler for where nothing has to be saved first.
-
-    Example
-    -------
-    >>> stop(signal.SIGTERM, None)
-    Traceback (most recent call last):
-    ...
-    psla_sb.errors.Interrupted
-    """
+def stop(signum: int, frame: Any) -> None:
+    """Handles a signal where nothing has to be saved first."""
     raise Interrupted
 
 
-def start_processes(run_opts):
+def start_processes(run_opts: RunOptions) -> RunOptions:
     """Joins the processes that torchrun has started, if it has.
 
-    Returns
-    -------
-    RunOptions
-        With defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
-
-    Example
-    -------
-    >>> start_processes(CommandLine.from_dictionary({"noprogressbar": True})).noprogressbar
-    True
+    Returns options with defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
     """
-    defaults = {}
+    defaults: dict[str, Any] = {}
     if not torch.cuda.is_available() or str(run_opts.device).startswith("cpu"):
         defaults["distributed_backend"] = "gloo"
     if not sys.stderr.isatty():

@@ -6,15 +6,17 @@ here it is one convolution.
 
 import copy
 import warnings
-from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from speechbrain.processing.features import STFT
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
+from psla_sb.inference.tagger import AudioTagger
 from psla_sb.lobes import chain
 from psla_sb.lobes.efficientnet import fold_norms
 from psla_sb.lobes.features import ENERGY_FLOOR, PREEMPHASIS, KaldiFbank, n_frames_of, n_samples_for
@@ -24,18 +26,15 @@ OPSET = 17
 
 
 class OnnxTagger(nn.Module):
-    """A tagger's computation in operations that ONNX has.
+    """Computes what a tagger on the CPU computes, in operations that ONNX has.
 
     `KaldiFbank` is computed as one convolution, and so are SpeechBrain's Fourier transforms in other front ends. What else there is
     must consist of operations that PyTorch's exporter knows.
-
-    Arguments
-    ---------
-    tagger : AudioTagger
-        On the CPU.
     """
 
-    def __init__(self, tagger):
+    kernel: Tensor
+
+    def __init__(self, tagger: AudioTagger):
         super().__init__()
         # the exporter and what is swapped below must leave the tagger as it is
         self.front_end = copy.deepcopy(tagger.mods.compute_features)
@@ -53,27 +52,26 @@ class OnnxTagger(nn.Module):
         frames[:, 1:] -= PREEMPHASIS * frames[:, :-1]
         # without the last bin, which is in no mel filter
         spectrum = torch.fft.rfft(frames * fbank.window.double().cpu(), fbank.n_fft)[:, :-1]
-        kernel = torch.cat([spectrum.real, spectrum.imag], dim=1).T[:, None]
-        self.register_buffer("kernel", kernel.float())
+        self.register_buffer("kernel", torch.cat([spectrum.real, spectrum.imag], dim=1).T[:, None].float())
 
-    def forward(self, wavs):
+    def forward(self, wavs: Tensor) -> Tensor:
         """`[batch, samples]` -> `[batch, classes]`."""
         if isinstance(self.front_end, KaldiFbank):
             feats, lens = self._kaldi_features(wavs), None
         else:
-            wavs = wavs if self.n_samples is None else wavs[:, : self.n_samples]
+            wavs = wavs[:, : self.n_samples]
             lens = torch.ones_like(wavs[:, 0])
             feats = chain.call(self.norm, chain.call(self.front_end, wavs, lens), lens)
         return chain.call(self.classifier, chain.call(self.encoder, feats, lens), lens).clamp(0.0, 1.0)
 
-    def _kaldi_features(self, wavs):
+    def _kaldi_features(self, wavs: Tensor) -> Tensor:
         fbank = self.front_end
-        n_samples = torch._shape_as_tensor(wavs)[1]
+        n_samples: Any = torch._shape_as_tensor(wavs)[1]
         n_frames = n_frames_of(n_samples, fbank.sample_rate)
         wavs = wavs - wavs.mean(1, keepdim=True)
         if fbank.n_frames is None:
             # room for the frames that the encoder adds to what is too short for it
-            n_kept = torch.clamp(n_frames, min=self.min_frames)
+            n_kept: Any = torch.clamp(n_frames, min=self.min_frames)
             wavs = F.pad(wavs, (0, n_samples_for(self.min_frames, fbank.sample_rate)))
         else:
             n_kept, n_samples = fbank.n_frames, n_samples_for(fbank.n_frames, fbank.sample_rate)
@@ -87,27 +85,27 @@ class OnnxTagger(nn.Module):
 
 
 class _ConvolutionalSTFT(nn.Module):
-    """SpeechBrain's `STFT` as a convolution: `[batch, samples]` -> `[batch, frames, bins, 2]`."""
+    """Computes SpeechBrain's `STFT` as a convolution: `[batch, samples]` -> `[batch, frames, bins, 2]`."""
 
-    def __init__(self, stft):
+    kernel: Tensor
+
+    def __init__(self, stft: STFT):
         super().__init__()
-        self.hop_length, self.pad = stft.hop_length, stft.n_fft // 2 if stft.center else 0
-        self.pad_mode = stft.pad_mode
-        window = torch.zeros(stft.n_fft, dtype=torch.float64)
+        self.hop_length, self.pad, self.pad_mode = stft.hop_length, stft.n_fft // 2 if stft.center else 0, stft.pad_mode
         start = (stft.n_fft - stft.win_length) // 2
-        window[start : start + stft.win_length] = stft.window.double().cpu()
+        window = F.pad(stft.window.double().cpu(), (start, stft.n_fft - stft.win_length - start))
         frames = torch.eye(stft.n_fft, dtype=torch.float64) * window
         spectrum = torch.fft.rfft(frames) if stft.onesided else torch.fft.fft(frames)
         scale = stft.n_fft**-0.5 if stft.normalized_stft else 1.0
         self.register_buffer("kernel", (scale * torch.cat([spectrum.real, spectrum.imag], dim=1).T[:, None]).float())
 
-    def forward(self, wavs):
+    def forward(self, wavs: Tensor) -> Tensor:
         wavs = F.pad(wavs[:, None], (self.pad, self.pad), mode=self.pad_mode)
         real, imag = F.conv1d(wavs, self.kernel, stride=self.hop_length).transpose(1, 2).chunk(2, dim=2)
         return torch.stack([real, imag], dim=3)
 
 
-def _without_complex_numbers(module):
+def _without_complex_numbers(module: nn.Module) -> nn.Module:
     """The module, whose SpeechBrain Fourier transforms, which the exporter does not know, have become convolutions."""
     if isinstance(module, STFT):
         return _ConvolutionalSTFT(module)
@@ -116,46 +114,19 @@ def _without_complex_numbers(module):
     return module
 
 
-def _sigmoid(graph, x):
-    """The sigmoid from its formula. onnxruntime's own has an absolute error: where attention is faint all along, as it may be at
-    1e-6, the shares of the steps would be wrong."""
+def _sigmoid(graph: Any, x: Any) -> Any:
+    # onnxruntime's own has an absolute error: where attention is faint all along, as it may be at 1e-6, the shares of the steps
+    # would be wrong; so it is computed by its formula
     one = graph.op("Constant", value_t=torch.tensor(1.0))
     return graph.op("Div", one, graph.op("Add", one, graph.op("Exp", graph.op("Neg", x))))
 
 
-@contextmanager
-def _told(tagger):
-    """What the exporter says of an operation that it does not know, as an error that names the tagger's parts."""
-    try:
-        yield
-    except Exception as error:  # the exporter, or what it runs of other people's
-        parts = ", ".join(f"{name} {type(tagger.mods[name]).__qualname__}" for name in chain.MODULES)
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"PyTorch cannot export this model ({parts}) to ONNX: {reason}") from error
-
-
-def export_onnx(tagger, path):
-    """Writes a tagger as an ONNX file, if onnxruntime gets the same probabilities from it as PyTorch, to 1e-4.
+def export_onnx(tagger: AudioTagger, path: str | Path) -> float:
+    """Writes a tagger on the CPU as an ONNX file, if onnxruntime gets the same probabilities from it as PyTorch, to 1e-4.
 
     The input is `waveform`, float32 `[batch, samples]` at the model's sample rate, the output `probabilities` `[batch, classes]`.
-    Needs the packages `onnx` and `onnxruntime`: `pip install 'psla_sb[onnx]'`.
-
-    Arguments
-    ---------
-    tagger : AudioTagger
-        On the CPU.
-    path : str or Path
-        The file to write.
-
-    Returns
-    -------
-    float
-        The largest difference that was found.
-
-    Raises
-    ------
-    InputError
-        The packages are missing, a part has operations that ONNX has not, or the probabilities differ.
+    Needs the packages `onnx` and `onnxruntime`: `pip install 'psla_sb[onnx]'`. Returns the largest difference that was found;
+    InputError, if the packages are missing, a part has operations that ONNX has not, or the probabilities differ.
     """
     try:
         import onnx  # noqa: F401
@@ -164,8 +135,11 @@ def export_onnx(tagger, path):
         raise InputError(f"ONNX export needs the packages onnx and onnxruntime: pip install 'psla_sb[onnx]' ({error})") from None
     rate = tagger.hparams.sample_rate
     model, generator = OnnxTagger(tagger).eval(), torch.Generator().manual_seed(0)
+    noise = torch.randn(2, rate, generator=generator) / 10
+    names: dict[str, Any] = {"input_names": ["waveform"], "output_names": ["probabilities"]}
+    names["dynamic_axes"] = {"waveform": {0: "batch", 1: "samples"}, "probabilities": {0: "batch"}}
     with atomic_write(path) as temporary:
-        with warnings.catch_warnings(), torch.no_grad(), _told(tagger):
+        with warnings.catch_warnings(), torch.no_grad():
             # the exporter warns of every size that it takes for constant, which these are
             warnings.simplefilter("ignore")
             torch.onnx.register_custom_op_symbolic("aten::sigmoid", _sigmoid, OPSET)
@@ -173,16 +147,11 @@ def export_onnx(tagger, path):
             fused = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
             try:
-                torch.onnx.export(
-                    model,
-                    (torch.randn(2, rate, generator=generator) / 10,),
-                    str(temporary),
-                    dynamo=False,
-                    opset_version=OPSET,
-                    input_names=["waveform"],
-                    output_names=["probabilities"],
-                    dynamic_axes={"waveform": {0: "batch", 1: "samples"}, "probabilities": {0: "batch"}},
-                )
+                torch.onnx.export(model, (noise,), str(temporary), dynamo=False, opset_version=OPSET, **names)
+            except Exception as error:  # the exporter, or what it runs of other people's
+                parts = ", ".join(f"{name} {type(tagger.mods[name]).__qualname__}" for name in chain.MODULES)
+                reason = str(error).strip().partition("\n")[0]
+                raise InputError(f"PyTorch cannot export this model ({parts}) to ONNX: {reason}") from error
             finally:
                 torch.backends.mha.set_fastpath_enabled(fused)
                 torch.onnx.unregister_custom_op_symbolic("aten::sigmoid", OPSET)

@@ -1,31 +1,28 @@
-"""Tags for any sound, from a folder that `psla_sb.export` wrote."""
+"""What users call to tag sounds: a trained tagger, loaded from wherever it is kept."""
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
-from psla_sb.checkpoints.sources import Published, Snapshot, TaggerFolder, open_source, run_weights
+from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
 from psla_sb.dataio.audio import read_blocks, read_clip
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.windows import batches, joined, overlapped, windows
 from psla_sb.errors import InputError
-from psla_sb.inference.encoder import SoundEncoder, finite
+from psla_sb.inference.encoder import NOT_FINITE, SoundEncoder
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
 
 
 class Tag(NamedTuple):
-    """A class that a sound was scored for.
-
-    Example
-    -------
-    >>> Tag("Speech", "/m/09x0r", 0.97).label
-    'Speech'
-    """
+    """A class that a sound was scored for; the score is in [0, 1]."""
 
     label: str
     mid: str
@@ -33,40 +30,30 @@ class Tag(NamedTuple):
 
 
 class FileTags(NamedTuple):
-    """What became of one of many files: `tags`, a list of Tag, or, if it could not be tagged, None and an `error`.
-
-    Example
-    -------
-    >>> FileTags("nowhere.wav", None, "nowhere.wav: no such file").error
-    'nowhere.wav: no such file'
-    """
+    """What became of one of many files: its `tags`, or, if it could not be tagged, None and an `error`."""
 
     path: str
-    tags: list | None
+    tags: list[Tag] | None
     error: str | None
 
 
 class AudioTagger(SoundEncoder):
-    """A trained tagger.
+    """Tags sounds with a trained model.
+
+    Constructors hand `**kwargs`, such as `run_opts={"device": "cuda:0"}`, to SpeechBrain. Waveforms are floating point, at the
+    model's sample rate. What cannot be used, source, file or samples, is an InputError; numbers out of range are ValueErrors.
 
     Example
     -------
     >>> import soundfile
-    >>> from psla_sb.checkpoints.tagger_folder import export_tagger
+    >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
     >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
-    >>> from psla_sb.lobes.pooling import MeanPooling
+    >>> from psla_sb.lobes import efficientnet, pooling
     >>> folder = getfixture("tmp_path")
-    >>> _ = (folder / "run.yaml").write_text('''
-    ... sample_rate: 16000
-    ... compute_features: !new:psla_sb.lobes.features.KaldiFbank {n_mels: 64}
-    ... mean_var_norm: !new:psla_sb.lobes.features.GlobalNorm
-    ... embedding_model: !new:psla_sb.lobes.efficientnet.EfficientNetEncoder {variant: b0}
-    ... classifier: !new:psla_sb.lobes.pooling.MeanPooling {in_channels: 1280, n_classes: 2}
-    ... ''')
-    >>> modules = {"embedding_model": EfficientNetEncoder("b0"), "classifier": MeanPooling(1280, 2)}
-    >>> export_tagger(folder / "tagger", folder / "run.yaml", modules, Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]))
-    >>> tagger = AudioTagger.from_hparams(source=str(folder / "tagger"))
+    >>> save_psla_checkpoint(folder / "model.pth", efficientnet.EfficientNetEncoder("b0"), pooling.MeanPooling(1280, 2))
+    >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(folder / "labels.csv")
+    >>> open_source(folder / "model.pth", labels=folder / "labels.csv").export(folder / "tagger")
+    >>> tagger = AudioTagger.from_hparams(source=folder / "tagger")
     >>> soundfile.write(folder / "sound.wav", [0.0] * 16000, 16000)
     >>> sorted(tag.label for tag in tagger.tag_file(folder / "sound.wav"))
     ['Bell', 'Rain']
@@ -76,229 +63,85 @@ class AudioTagger(SoundEncoder):
     HPARAMS_NEEDED = ("sample_rate", "mids", "label_encoder")
 
     @classmethod
-    def from_hparams(cls, source, savedir=None, **kwargs):
-        """Loads a folder on this machine, or a repository on Hugging Face.
+    def from_hparams(cls, source: str | Path, savedir: str | Path | None = None, **kwargs: Any) -> "AudioTagger":
+        """Loads a folder, or a repository on Hugging Face such as `somebody/tagger`, which is downloaded to `savedir` or its cache.
 
         `hyperparams.yaml` is SpeechBrain's HyperPyYAML: this constructs whatever it names, so **it can run any code of whoever
-        wrote it**. Load what you trust, pinned to a revision that you have read. `from_folder` loads a folder on this machine and
-        constructs nothing but the toolkit's parts.
-
-        Arguments
-        ---------
-        source : str
-            A folder, or the name of a repository, such as `somebody/tagger`.
-        savedir : str or Path, optional
-            Where to keep what is downloaded; otherwise in Hugging Face's cache.
-        **kwargs
-            For SpeechBrain's `Pretrained.from_hparams`, such as `run_opts={"device": "cuda:0"}`, or
-            `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")` from `speechbrain.utils.fetching`.
+        wrote it**. Load what you trust, pinned to a revision that you have read, with `speechbrain.utils.fetching`'s
+        `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")`. Of folders, `from_folder` is the safe way.
         """
         return super().from_hparams(source=str(source), savedir=savedir, **kwargs)
 
     @classmethod
-    def from_source(cls, source, **kwargs):
-        """Loads what `psla_sb.checkpoints.sources.open_source` has opened.
-
-        Arguments
-        ---------
-        source : Source
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
-        """
+    def from_source(cls, source: Source, **kwargs: Any) -> "AudioTagger":
+        """Loads what `psla_sb.checkpoints.sources.open_source` has opened."""
         hparams = source.hparams()
         return cls({name: hparams[name] for name in MODULES}, hparams, **kwargs)
 
     @classmethod
-    def from_folder(cls, folder, trust=(), **kwargs):
-        """Loads an exported folder, whose `hyperparams.yaml` may construct nothing but the toolkit's parts and what is trusted.
+    def from_folder(cls, folder: str | Path, trust: Sequence[str] = (), **kwargs: Any) -> "AudioTagger":
+        """Loads a folder that a run or `psla-export` wrote; it constructs nothing but the toolkit's parts and what is trusted.
 
-        `from_hparams` loads the same folder, and any other, but constructs whatever the file names: that can run code.
-
-        Arguments
-        ---------
-        folder : str or Path
-            What a run or `psla-export` wrote.
-        trust : sequence of str
-            Modules whose classes may be constructed too, such as `["my_lobes"]`. Installed packages with an entry point of the
-            group `psla_sb.lobes` are trusted as they are.
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
-
-        Raises
-        ------
-        InputError
-            There is no such folder, or its file names other parts.
+        Trusted are the modules that `trust` names, such as `["my_lobes"]`, and installed packages with an entry point of the group
+        `psla_sb.lobes`.
         """
         return cls.from_source(TaggerFolder(folder, trust), **kwargs)
 
     @classmethod
-    def from_psla_checkpoint(cls, path, labels, padding=PUBLISHED_PADDING, n_frames=AUDIOSET_FRAMES, **kwargs):
-        """Loads a checkpoint of the published PSLA code; `psla-import` writes it as a folder, which loads faster and by itself.
+    def from_psla_checkpoint(
+        cls, path: str | Path, labels: str | Path, padding: str = PUBLISHED_PADDING, n_frames: int = AUDIOSET_FRAMES, **kwargs: Any
+    ) -> "AudioTagger":
+        """Loads a `.pth` file of the published PSLA code; `psla-import` writes it as a folder, which loads faster and by itself.
 
         Arguments
         ---------
-        path : str or Path
-            The `.pth` file.
-        labels : str or Path
-            The class list, such as AudioSet's `class_labels_indices.csv`.
-        padding : str
-            "symmetric" for official models; see `psla_sb.checkpoints.psla.load_psla_checkpoint`.
-        n_frames : int
-            Frames that the model was trained on: 1056 for AudioSet, 3000 for FSD50K.
-        **kwargs
-            For the constructor, such as `run_opts={"device": "cuda:0"}`.
-
-        Raises
-        ------
-        InputError
-            A file is wrong, or the class list does not fit the model.
-
-        Example
-        -------
-        >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
-        >>> from psla_sb.labels.vocabulary import Vocabulary
-        >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
-        >>> from psla_sb.lobes.pooling import MeanPooling
-        >>> folder = getfixture("tmp_path")
-        >>> save_psla_checkpoint(folder / "model.pth", EfficientNetEncoder("b0"), MeanPooling(1280, 2))
-        >>> Vocabulary(["/m/1", "/m/2"], ["Bell", "Rain"]).to_csv(folder / "labels.csv")
-        >>> tagger = AudioTagger.from_psla_checkpoint(folder / "model.pth", labels=folder / "labels.csv")
-        >>> tagger.tag_batch(torch.zeros(1, 16000)).shape
-        torch.Size([1, 2])
+        labels
+            The class list, such as AudioSet's `class_labels_indices.csv`; it must fit the model.
+        padding, n_frames
+            "symmetric" for official models; frames that it was trained on: 1056 for AudioSet, 3000 for FSD50K.
         """
         return cls.from_source(Published(path, labels, padding, n_frames), **kwargs)
 
     @classmethod
-    def from_experiment(cls, folder, weights="average", trust=(), **kwargs):
-        """Loads what a training run wrote.
-
-        Arguments
-        ---------
-        folder : str or Path
-            The run's `output_folder`.
-        weights : str or int
-            "average" (of the last epochs), "best" (on the validation set), "last", or the number of an epoch.
-        trust, **kwargs
-            See `from_folder`.
-
-        Raises
-        ------
-        InputError
-            It is not the folder of a run, or these weights are not there.
-        """
+    def from_experiment(
+        cls, folder: str | Path, weights: str | int = "average", trust: Sequence[str] = (), **kwargs: Any
+    ) -> "AudioTagger":
+        """Loads a run from its `output_folder`: the weights "average" (of the last epochs), "best", "last", or of an epoch."""
         return cls.from_snapshot(run_weights(folder, weights), trust, **kwargs)
 
     @classmethod
-    def from_snapshot(cls, path, trust=(), **kwargs):
-        """Loads a snapshot of a training run, from the run's folder.
-
-        Arguments
-        ---------
-        path : str or Path
-            Such as `results/psla/1/snapshots/epoch_30.safetensors`.
-        trust, **kwargs
-            See `from_folder`.
-
-        Raises
-        ------
-        InputError
-            There is no such file, it is not whole, or it does not fit the model of the run.
-        """
+    def from_snapshot(cls, path: str | Path, trust: Sequence[str] = (), **kwargs: Any) -> "AudioTagger":
+        """Loads a snapshot of a run, such as `results/psla/1/snapshots/epoch_30.safetensors`, from the run's folder."""
         return cls.from_source(Snapshot(path, trust), **kwargs)
 
     @classmethod
-    def from_any(cls, source, labels=None, trust=(), **kwargs):
-        """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a checkpoint of the published code.
-
-        Arguments
-        ---------
-        source : str or Path
-            See `psla_sb.checkpoints.sources.open_source`.
-        labels : str or Path, optional
-            The class list, for a checkpoint of the published code.
-        trust, **kwargs
-            See `from_folder`.
-
-        Raises
-        ------
-        InputError
-            It is none of these.
-        """
+    def from_any(
+        cls, source: str | Path, labels: str | Path | None = None, trust: Sequence[str] = (), **kwargs: Any
+    ) -> "AudioTagger":
+        """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a published checkpoint with its `labels`."""
         return cls.from_source(open_source(source, labels, trust), **kwargs)
 
-    def tag_batch(self, wavs, wav_lens=None):
-        """Scores of a batch of waveforms.
+    def tag_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
+        """Scores waveforms `[batch, samples]` or `[samples]`, of relative lengths `[batch]`: `[batch, classes]`, in [0, 1]."""
+        return self.tag_features(*self._checked_features(wavs, wav_lens))
 
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
-        wav_lens : torch.Tensor, optional
-            `[batch]`, relative lengths.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, classes]`, in [0, 1].
-
-        Raises
-        ------
-        ValueError
-            Tensors of another kind, or samples that are not finite or too large.
-        """
-        feats, lens = self.features_and_lens(wavs, wav_lens)
-        return self.tag_features(finite(feats), lens)
-
-    def tag_features(self, feats, lens=None):
-        """Scores of a batch of normalised features.
-
-        Arguments
-        ---------
-        feats : torch.Tensor
-            `[batch, frames, mels]`, on the tagger's device.
-        lens : torch.Tensor, optional
-            `[batch]`, relative lengths, for encoders and classifiers that take them.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, classes]`, in [0, 1].
-        """
+    def tag_features(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
+        """Scores normalised features `[batch, frames, mels]` on the tagger's device: `[batch, classes]`, in [0, 1]."""
         feature_map = self.encode_features(feats, lens)
         with torch.inference_mode(), self.inference_ctx:
             return chain.classify(self.mods, feature_map, lens).clamp(0.0, 1.0)
 
-    def tag_file(self, path, top_k=5, threshold=None):
-        """The best-scored classes of a sound file; of a long one, of its beginning, as much as the model was trained on.
+    def tag_file(self, path: str | Path, top_k: int = 5, threshold: float | None = None) -> list[Tag]:
+        """Gives the best-scored classes of a sound file, best first: `top_k` at most, each with a score of `threshold` at least.
 
-        Arguments
-        ---------
-        path : str or Path
-            Any format, sample rate and number of channels that `psla_sb.dataio.audio.read_audio` reads.
-        top_k : int
-            How many classes at most.
-        threshold : float, optional
-            The score that a class must have at least.
-
-        Returns
-        -------
-        list of Tag
-            Best first.
-
-        Raises
-        ------
-        InputError
-            The file cannot be read, or its samples are too large.
-        ValueError
-            `top_k` is below 1.
+        Whatever `dataio.audio.read_audio` reads is taken; of a long file, the beginning, as much as the model was trained on.
         """
         return self._tags(self._file_scores(path)[0], top_k, threshold)
 
-    def _file_scores(self, path):
-        feats, lens = self.features_and_lens(read_clip(path, self.hparams.sample_rate))
-        return self.tag_features(finite(feats, path), lens)
+    def _file_scores(self, path: str | Path) -> Tensor:
+        return self.tag_features(*self._checked_features(read_clip(path, self.hparams.sample_rate), source=path))
 
-    def _tags(self, scores, top_k, threshold):
+    def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
         best = scores.float().cpu().topk(min(top_k, len(scores)))
@@ -308,140 +151,77 @@ class AudioTagger(SoundEncoder):
             if threshold is None or score >= threshold
         ]
 
-    def tag_files(self, paths, batch_size=16, num_workers=0, top_k=5, threshold=None, progress=True):
-        """Tags many files, batch by batch, in their order.
+    def tag_files(
+        self,
+        paths: Iterable[str | Path],
+        batch_size: int = 16,
+        num_workers: int = 0,
+        top_k: int = 5,
+        threshold: float | None = None,
+        progress: bool = True,
+    ) -> Iterator[FileTags]:
+        """Tags many files as `tag_file` does, in their order; one that cannot be tagged has an error.
 
-        Arguments
-        ---------
-        paths : iterable of str or Path
-            The files.
-        batch_size : int
-            Files that are on the device together.
-        num_workers : int
-            Processes that decode.
-        top_k, threshold
-            See `tag_file`.
-        progress : bool
-            Whether a bar on stderr, where that is a terminal, shows how far it is.
-
-        Yields
-        ------
-        FileTags
-            Of each file; one that cannot be tagged has an error.
-
-        Raises
-        ------
-        ValueError
-            A number is out of range.
+        `batch_size` files are on the device together, `num_workers` processes decode; `progress` shows a bar on a terminal.
         """
         if min(batch_size, top_k) < 1 or num_workers < 0:
             raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
-        paths = [str(path) for path in paths]
-        if not paths:
+        files = [str(path) for path in paths]
+        if not files:
             return
         # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
-        names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in paths]
-        manifest = Manifest.from_columns([str(row) for row in range(len(paths))], names, [0.0] * len(paths), [""] * len(paths))
+        names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in files]
+        manifest = Manifest.from_columns([str(row) for row in range(len(files))], names, [0.0] * len(files), [""] * len(files))
         if getattr(self.mods.compute_features, "n_frames", None) is None:
             # a longer clip in the batch would lengthen what the classifier sees of this one
             batch_size = 1
-        rows = [range(start, min(start + batch_size, len(paths))) for start in range(0, len(paths), batch_size)]
+        rows = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
         loader = clip_loader(manifest, self.hparams.sample_rate, self.n_samples, rows, num_workers)
-        with tqdm(total=len(paths), unit=" files", disable=None if progress else True) as bar:
+        with tqdm(total=len(files), unit=" files", disable=None if progress else True) as bar:
             for batch in loader:
-                yield from self._tags_of_batch(batch, paths, top_k, threshold)
+                yield from self._tags_of_batch(batch, files, top_k, threshold)
                 bar.update(len(batch.index))
 
-    def _tags_of_batch(self, batch, paths, top_k, threshold):
-        errors = list(batch.error)
+    def _tags_of_batch(self, batch: Any, files: list[str], top_k: int, threshold: float | None) -> Iterator[FileTags]:
+        bad, usable, answers = NOT_FINITE, [False] * len(batch.index), batch.error
         try:
             feats, lens = self.features_and_lens(*batch.to(self.device).sig)
-            usable = torch.isfinite(feats).flatten(1).all(1)
-            answers = self.tag_features(feats.where(usable[:, None, None], 0.0), lens).cpu()
+            finite = torch.isfinite(feats).flatten(1).all(1)
+            answers, usable = self.tag_features(feats.where(finite[:, None, None], 0.0), lens).cpu(), finite.tolist()
         except InputError as refused:
             # other people's parts, whose clips are tagged one by one
-            errors, answers = [error or f"{paths[row]}: {refused}" for row, error in zip(batch.index, errors, strict=True)], errors
-        else:
-            bad = "samples that are not finite, or far outside of [-1, 1]"
-            checked = zip(batch.index, errors, usable.tolist(), strict=True)
-            errors = [error if error or good else f"{paths[row]}: {bad}" for row, error, good in checked]
-        for row, error, answer in zip(batch.index, errors, answers, strict=True):
-            yield FileTags(paths[row], None if error else self._tags(answer, top_k, threshold), error)
+            bad = str(refused)
+        for row, error, good, answer in zip(batch.index, batch.error, usable, answers, strict=True):
+            error = error if error or good else f"{files[row]}: {bad}"
+            yield FileTags(files[row], None if error else self._tags(answer, top_k, threshold), error)
 
-    def classify_batch(self, wavs, wav_lens=None):
-        """Scores and the best class, as SpeechBrain's `EncoderClassifier.classify_batch` returns them.
-
-        Arguments
-        ---------
-        wavs : torch.Tensor
-            `[batch, samples]`, or `[samples]` of a single clip; floating point, at the model's sample rate.
-        wav_lens : torch.Tensor, optional
-            `[batch]`, relative lengths.
-
-        Returns
-        -------
-        (torch.Tensor, torch.Tensor, torch.Tensor, list of str)
-            Probabilities `[batch, classes]`; the best class's probability, index and label, `[batch]` each.
-
-        Raises
-        ------
-        ValueError
-            See `tag_batch`.
-        """
+    def classify_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Gives what SpeechBrain's method does: scores `[batch, classes]`; the best class's score, index and label, `[batch]`."""
         return self._classified(self.tag_batch(wavs, wav_lens))
 
-    def classify_file(self, path):
-        """As `classify_batch`, for a file.
-
-        Arguments
-        ---------
-        path : str or Path
-            See `tag_file`.
-
-        Raises
-        ------
-        InputError
-            See `tag_file`.
-        """
+    def classify_file(self, path: str | Path) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Gives what `classify_batch` does, of a file."""
         return self._classified(self._file_scores(path))
 
-    def _classified(self, scores):
+    def _classified(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         best, index = scores.max(dim=-1)
         return scores, best, index, self.hparams.label_encoder.decode_torch(index)
 
     @property
-    def has_timeline(self):
-        """Whether `tag_timeline` works: the classifier has `segment_scores`, and the encoder's steps follow the clip."""
-        return hasattr(self.mods.classifier, "segment_scores") and self.has_times
+    def has_timeline(self) -> bool:
+        """Says whether `tag_timeline` works: the classifier has `segment_scores`, and the encoder's steps follow the clip."""
+        return chain.has_segment_scores(self.mods.classifier) and self.has_times
 
-    def tag_timeline(self, path, window=10.0, hop=1.0, batch_size=8):
-        """The scores of all classes along a recording of any length, which is read piece by piece.
+    def tag_timeline(self, path: str | Path, window: float = 10.0, hop: float = 1.0, batch_size: int = 8) -> Timeline:
+        """Scores all classes along a recording of any length, which is read piece by piece.
 
         Overlapping windows are scored at each step of the encoder (0.32 s), without attention, which compares steps with each
         other; where windows overlap, the curve is their mean.
 
         Arguments
         ---------
-        path : str or Path
-            See `tag_file`.
-        window : float
-            Seconds that the model sees together; at most what it was trained on.
-        hop : float
-            Seconds from a window to the next, rounded to whole steps.
-        batch_size : int
-            Windows that are on the device together.
-
-        Returns
-        -------
-        Timeline
-            The curves.
-
-        Raises
-        ------
-        InputError
-            The file cannot be read, or its samples are too large.
-        ValueError
-            A number is out of range.
+        window, hop
+            Seconds that the model sees together, at most what it was trained on; from a window to the next, as whole steps.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
@@ -453,20 +233,18 @@ class AudioTagger(SoundEncoder):
 
     events = staticmethod(events)
 
-    def _window_scores(self, pieces, n_samples, batch_size, path):
+    def _window_scores(self, pieces: Iterable[Tensor], n_samples: int, batch_size: int, path: str | Path) -> Iterator[Tensor]:
         """Yields each window's `[steps, classes]`."""
-        segment_scores = getattr(self.mods.classifier, "segment_scores", None)
-        if segment_scores is None:
+        if not chain.has_segment_scores(self.mods.classifier):
             classifier = type(self.mods.classifier).__qualname__
             raise InputError(
                 f"this model's classifier ({classifier}) has no segment_scores: it tells what is in a clip, not when, so there is "
                 "no timeline"
             )
         for wavs in batches(pieces, batch_size):
-            feats, lens = self.features_and_lens(*self.whole_window(wavs, n_samples))
-            feature_map = self.encode_features(finite(feats, path), lens)
+            feature_map = self.encode_features(*self._checked_features(*self.whole_window(wavs, n_samples), path))
             with torch.inference_mode():
-                scores = segment_scores(feature_map)
+                scores = chain.segment_scores(self.mods, feature_map)
             yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
 
     forward = tag_batch

@@ -1,7 +1,4 @@
-"""Sound of any length: overlapping windows, their values joined into one curve, and the events in a curve.
-
-Only the curve itself grows with the recording.
-"""
+"""The scores of all classes along a recording, and the events in them."""
 
 from typing import NamedTuple
 
@@ -9,36 +6,21 @@ import numpy as np
 
 
 class Timeline(NamedTuple):
-    """The scores of all classes along a recording.
+    """Holds the scores of all classes along a recording."""
 
-    `times` are the middles of the steps in seconds, `[steps]`; `scores` is `[steps, classes]`, in [0, 1]; `labels` and `mids` name
-    the classes.
-
-    Example
-    -------
-    >>> Timeline(np.array([0.1, 0.3]), np.zeros((2, 1)), ["Bell"], ["/m/1"]).scores.shape
-    (2, 1)
-    """
-
-    times: np.ndarray
-    scores: np.ndarray
-    labels: list
-    mids: list
+    times: np.ndarray  # [steps], the middles of the steps in seconds
+    scores: np.ndarray  # [steps, classes], in [0, 1]
+    labels: list[str]
+    mids: list[str]
 
     @property
-    def step(self):
+    def step(self) -> float:
         """Seconds from a step to the next."""
         return self.times[1] - self.times[0] if len(self.times) > 1 else 2 * self.times[0]
 
 
 class Event(NamedTuple):
-    """A class that was heard from `start` to `end`, in seconds; `score` is the highest in between.
-
-    Example
-    -------
-    >>> Event("Bell", 1.0, 2.5, 0.9).label
-    'Bell'
-    """
+    """A class that was heard from `start` to `end`, in seconds; `score` is the highest in between."""
 
     label: str
     start: float
@@ -46,30 +28,11 @@ class Event(NamedTuple):
     score: float
 
 
-def events(timeline, threshold=0.5):
-    """The stretches in which a class scores at least a threshold, each less its blurred edges.
+def events(timeline: Timeline, threshold: float = 0.5) -> list[Event]:
+    """Finds the stretches in which a class scores at least `threshold`, in (0, 1], less their blurred edges; sorted by start.
 
-    A model hears a little to both sides, so that the scores of a loud event pass a low threshold before it begins. An event is said
-    to begin where the scores reach half of their first peak, if that is above the threshold, and to end where they fall to half of
-    the last one; between two steps, on the straight line from one score to the next. A peak ends where the scores are below half
-    of it. No event is shorter than a step.
-
-    Arguments
-    ---------
-    timeline : Timeline
-        What `AudioTagger.tag_timeline` returns.
-    threshold : float
-        In (0, 1].
-
-    Returns
-    -------
-    list of Event
-        By time of start.
-
-    Raises
-    ------
-    ValueError
-        If the threshold is not in (0, 1].
+    A stretch begins where the scores reach half of its first peak, if that is above the threshold, and ends where they fall to half
+    of its last. None is shorter than a step.
 
     Example
     -------
@@ -77,16 +40,21 @@ def events(timeline, threshold=0.5):
     >>> [(e.label, round(e.start, 2), round(e.end, 2), e.score) for e in events(Timeline(times, scores, ["Bell"], ["/m/1"]))]
     [('Bell', 0.21, 0.61, 0.9)]
     """
+    # A model hears a little to both sides, so the scores of a loud event pass a low threshold before it begins and after its end:
+    #
+    #   peak            o---o         o
+    #   half of it     /     \       / \      a peak ends where the scores fall below half of it, an event where they fall below
+    #   threshold   o-/-------o--o--o---\-o   the threshold; its start and end are on the lines between two steps
+    #                [                  ]
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], not {threshold}")
     threshold = float(threshold)
-    # one row a class, with a step of silence on either side
+    # one row a class, with a step of silence on either side, so that edges come in pairs: up, down
     scores = np.nan_to_num(np.pad(timeline.scores.T, ((0, 0), (1, 1))))
-    edges = np.flatnonzero(np.diff((scores >= threshold).ravel())) + 1
-    classes, firsts = np.divmod(edges[::2], scores.shape[1])
-    lasts = firsts + (edges[1::2] - edges[::2]) - 1
+    starts, stops = np.flatnonzero(np.diff((scores >= threshold).ravel())).reshape(-1, 2).T + 1
+    classes, firsts = np.divmod(starts, scores.shape[1])
     found = []
-    for c, first, last in zip(classes.tolist(), firsts.tolist(), lasts.tolist(), strict=True):
+    for c, first, last in np.transpose([classes, firsts, firsts + stops - starts - 1]).tolist():
         curve = scores[c, first - 1 : last + 2]
         start, end = first - 1 + _rise(curve, threshold), last + 1 - _rise(curve[::-1], threshold)
         # what is heard in the first step or the last begins or ends with the recording; a single step is an event, all of it
@@ -98,7 +66,7 @@ def events(timeline, threshold=0.5):
     return sorted(found, key=lambda event: event.start)
 
 
-def _rise(curve, threshold):
+def _rise(curve: np.ndarray, threshold: float) -> float:
     """Where a curve that starts below the threshold gets up to it and to half of its first peak, in steps."""
     highest = np.maximum.accumulate(curve)
     fallen = curve[1:] < highest[1:] / 2
@@ -108,17 +76,11 @@ def _rise(curve, threshold):
     return above - float((curve[above] - level) / (curve[above] - curve[above - 1]))
 
 
-def _seconds(timeline, step):
+def _seconds(timeline: Timeline, step: float) -> float:
     """When the middle of a step is, counted from 1, to the nanosecond and not before the recording; steps may be fractions."""
     return max(0.0, round(float(timeline.times[0] + (step - 1) * timeline.step), 9))
 
 
-def top_classes(timeline, k):
-    """Indices of the classes with the highest peaks, best first.
-
-    Example
-    -------
-    >>> top_classes(Timeline(np.array([0.1]), np.array([[0.2, 0.9]]), ["Bell", "Rain"], ["/m/1", "/m/2"]), 1)
-    [1]
-    """
+def top_classes(timeline: Timeline, k: int) -> list[int]:
+    """Finds the classes with the highest peaks, best first: their indices."""
     return np.argsort(-timeline.scores.max(axis=0), kind="stable")[:k].tolist()

@@ -7,63 +7,28 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
 from psla_sb.errors import InputError
+from psla_sb.labels.vocabulary import Vocabulary
 
 # In a folder of scores: the scores, and the clips that their rows are of.
 SCORES, IDS = "scores.npy", "ids.csv"
 
 
-def stamp(manifest, vocabulary):
-    """What tells whether scores are of these clips and classes; it is in the JSON file beside them.
-
-    Example
-    -------
-    >>> from psla_sb.dataio.manifest import Manifest
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> manifest = Manifest.from_columns(["a"], ["a.wav"], [1.0], ["/m/1"])
-    >>> list(stamp(manifest, Vocabulary(["/m/1"], ["Bell"])))
-    ['annotation', 'classes']
-    """
+def stamp(manifest: Any, vocabulary: Vocabulary) -> dict[str, str]:
+    """Tells whether scores are of these clips and classes: what the JSON file beside them has."""
     return {"annotation": manifest.digest(), "classes": hashlib.sha256(json.dumps(vocabulary.mids).encode()).hexdigest()}
 
 
-def open_scores(path, manifest, vocabulary):
-    """Scores of the clips of an annotation, as a recipe's `aggregate.py` writes them.
+def open_scores(path: str | Path, manifest: Any, vocabulary: Vocabulary) -> np.ndarray:
+    """Maps scores of a `Manifest`'s clips, as a recipe's `aggregate.py` writes them: float32 `[clips, classes]`.
 
-    Arguments
-    ---------
-    path : str or Path
-        The `.npy` file; the `.json` file that was written with it lies beside it.
-    manifest : Manifest
-        The clips that the rows must be of, in this order.
-    vocabulary : Vocabulary
-        The classes that the columns must be of.
-
-    Returns
-    -------
-    np.ndarray
-        float32 `[clips, classes]`, memory-mapped.
-
-    Raises
-    ------
-    InputError
-        There are no such scores, or they are of other clips or classes.
-
-    Example
-    -------
-    >>> from psla_sb.dataio.manifest import Manifest
-    >>> from psla_sb.labels.vocabulary import Vocabulary
-    >>> manifest, vocabulary = Manifest.from_columns(["a"], ["a.wav"], [1.0], [""]), Vocabulary(["/m/1"], ["Bell"])
-    >>> path = getfixture("tmp_path") / "ensemble.npy"
-    >>> np.save(path, np.zeros((1, 1), np.float32))
-    >>> _ = path.with_suffix(".json").write_text(json.dumps(stamp(manifest, vocabulary)))
-    >>> open_scores(path, manifest, vocabulary).shape
-    (1, 1)
+    Refuses those of other clips, another order or other classes.
     """
     path, of_clips = Path(path), stamp(manifest, vocabulary)
     try:
@@ -72,6 +37,7 @@ def open_scores(path, manifest, vocabulary):
         raise InputError(f"{error.filename}: no such file; aggregate.py writes scores as a pair of .npy and .json") from None
     except (ValueError, RecursionError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read as scores with a .json file beside it: {error}") from None
+    # np.load reads .npz too, as another kind of object
     if not isinstance(said, dict) or not isinstance(scores, np.ndarray):
         raise InputError(f"{path}: not a pair of .npy and .json as aggregate.py writes it")
     for key, what in (("annotation", manifest.source), ("classes", "the class list")):
@@ -84,70 +50,32 @@ def open_scores(path, manifest, vocabulary):
     return scores
 
 
-def new_array(path, shape):
-    """A float32 `.npy` file of zeros, to be filled through memory.
-
-    Its room on the disk is taken here: where there is none left when a page is written, the process ends by a signal.
-
-    Returns
-    -------
-    np.memmap
-
-    Raises
-    ------
-    OSError
-        The disk is full.
-
-    Example
-    -------
-    >>> new_array(getfixture("tmp_path") / "scores.npy", (2, 3)).sum()
-    np.float32(0.0)
-    """
+def new_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
+    """Makes a float32 `.npy` file of zeros, to be filled through memory; `OSError` if the disk is full."""
     array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with open(path, "r+b") as stream:
+        # Where there is no room left when a mapped page is written, the process ends by a signal: take the room now.
         os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
     return array
 
 
-def read_scores(path):
-    """A teacher's scores and the IDs of the clips that they are of.
+def read_scores(path: str | Path) -> tuple[np.ndarray, pa.ChunkedArray, Path]:
+    """Maps a teacher's scores `[rows, classes]`, and reads the IDs of the clips that they are of; the third is the scores' file.
 
-    Arguments
-    ---------
-    path : str or Path
-        A folder with `scores.npy`, floating-point `[clips, classes]`, or another such file. In the same folder is `ids.csv`,
-        whose column `ID` (others do not matter) has the clip of each row.
-
-    Returns
-    -------
-    scores : numpy.memmap [rows, classes]
-    ids : pyarrow.ChunkedArray [rows]
-    source : Path
-        The file of scores.
-
-    Raises
-    ------
-    InputError
-        A file is missing or broken, or there are not as many IDs as rows.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> np.save(folder / "scores.npy", np.array([[0.1, 0.9]], dtype=np.float16))
-    >>> _ = (folder / "ids.csv").write_text("ID\\na\\n")
-    >>> scores, ids, source = read_scores(folder)
-    >>> scores.shape, ids.to_pylist(), source.name
-    ((1, 2), ['a'], 'scores.npy')
+    `path` is a folder with `scores.npy`, or another such file. The column `ID` of `ids.csv` in the same folder has the IDs.
     """
     source = Path(path) / SCORES if Path(path).is_dir() else Path(path)
     try:
         scores = np.load(source, mmap_mode="r")
+        if not isinstance(scores, np.ndarray):
+            raise ValueError("an archive of several")
     except FileNotFoundError:
         raise InputError(f"{source}: no such file of a teacher's scores; the recipe's enhance_labels.py writes them") from None
     except (ValueError, EOFError, OSError) as error:
         raise InputError(f"{source}: not a whole .npy file of numbers ({error})") from None
     file = source.with_name(IDS)
     try:
+        # IDs are text: 007 is not 7, and NA is a name
         options = pyarrow.csv.ConvertOptions(column_types={"ID": pa.string()}, include_columns=["ID"], strings_can_be_null=False)
         ids = pyarrow.csv.read_csv(file, convert_options=options)["ID"]
     except FileNotFoundError:

@@ -26,7 +26,7 @@ SHAPES = {
     "embedding_model": "[batch, channels, freq, steps] or [batch, channels, steps]",
     "classifier": "[batch, n_classes]",
 }
-LENGTHS = re.compile(r"(^|_)len(s|gths?)?$")
+LENGTHS = re.compile(r"((wavs?|x|feats?|features|audio|input|rel|relative)_)?len(s|gths?)?")
 # How far probabilities may be outside of [0, 1]: rounding, not the scale of logits.
 ROUNDING = 1e-3
 
@@ -45,7 +45,7 @@ def _lengths_argument(function: Callable) -> str | None:
     except (TypeError, ValueError):
         # code that is not written in Python
         return None
-    return next((name for name in names if LENGTHS.search(name)), None)
+    return next((name for name in names if LENGTHS.fullmatch(name)), None)
 
 
 def call(module: Any, x: Any, lens: Tensor | None = None) -> Any:
@@ -64,18 +64,9 @@ def call(module: Any, x: Any, lens: Tensor | None = None) -> Any:
 def features(
     modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalised features `[batch, frames, mels]`, float32, and their relative lengths `[batch]`.
+    """Computes normalised features `[batch, frames, mels]`, float32, and their relative lengths, of waveforms `[batch, samples]`.
 
-    Arguments
-    ---------
-    modules
-        `compute_features` and `mean_var_norm`.
-    wavs
-        `[batch, samples]`
-    wav_lens
-        `[batch]`, lengths relative to the longest clip.
-    augment
-        What is done to the features before they are normalised.
+    `augment` is done to the features before they are normalised.
     """
     with full_float32(wavs.device):
         feats = call(modules["compute_features"], wavs, wav_lens)
@@ -95,18 +86,34 @@ def _feature_lens(compute_features: Any, wavs: Tensor, wav_lens: Tensor | None) 
 
 
 def classify(modules: Mapping[str, Any], feature_map: Any, lens: Tensor | None = None) -> Tensor:
-    """Probabilities `[batch, classes]` of a feature map; the classifier computes in float32."""
-    if isinstance(feature_map, Tensor):
-        feature_map = feature_map.float()
-    device = feature_map.device if isinstance(feature_map, Tensor) else feature_map[0].device
-    with full_float32(device):
-        return call(modules["classifier"], feature_map, lens)
+    """Pools a feature map to probabilities `[batch, classes]`, in float32."""
+    with full_float32(_device_of_map(feature_map)):
+        return call(modules["classifier"], _as_float(feature_map), lens)
+
+
+def has_segment_scores(classifier: Any) -> bool:
+    """Says whether a classifier, or each member of an ensemble's, gives scores by step."""
+    return all(hasattr(member, "segment_scores") for member in getattr(classifier, "members", [classifier]))
+
+
+def segment_scores(modules: Mapping[str, Any], feature_map: Any) -> Tensor:
+    """Pools a feature map to scores of each step, `[batch, classes, steps]`, in float32."""
+    with full_float32(_device_of_map(feature_map)):
+        return modules["classifier"].segment_scores(_as_float(feature_map))
+
+
+def _device_of_map(feature_map: Any) -> torch.device:
+    return (feature_map if isinstance(feature_map, Tensor) else feature_map[0]).device
+
+
+def _as_float(feature_map: Any) -> Any:
+    return feature_map.float() if isinstance(feature_map, Tensor) else tuple(map(_as_float, feature_map))
 
 
 def probabilities(
     modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
-    """Probabilities `[batch, classes]` of waveforms; arguments as of `features`.
+    """Computes probabilities `[batch, classes]` of waveforms; arguments as of `features`.
 
     Example
     -------
@@ -148,13 +155,7 @@ def _trying(modules: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def check(modules: Mapping[str, Any], sample_rate: int, n_classes: int, n_samples: int | None = None) -> None:
-    """Tries the modules on two clips of noise, before hours of training.
-
-    Raises
-    ------
-    InputError
-        One of them fails, gives another shape than the next one takes, or the classifier gives no probabilities.
-    """
+    """Tries the modules on two clips of noise, before hours of training; refuses what fails or gives a wrong shape or range."""
     x: Any = _noise(2, n_samples or sample_rate)
     lens: Tensor | None = torch.ones(2)
     with _trying(modules) as tried:
@@ -192,17 +193,9 @@ def _check_shape(name: str, given: str, answer: Any, n_classes: int) -> None:
 
 
 def attribute(module: Any, name: str, *front_end: nn.Module) -> Any:
-    """What `!ref <module.name>` stands for in a YAML file: a number or a text; `out_channels` of an encoder is measured if need be.
+    """Gives what `!ref <module.name>` stands for in a YAML file: a number or a text.
 
-    Arguments
-    ---------
-    front_end
-        `compute_features` and `mean_var_norm`, if `module` is the encoder.
-
-    Raises
-    ------
-    InputError
-        There is no such attribute.
+    An encoder's `out_channels` is measured if need be, with the front end: `compute_features` and `mean_var_norm`.
     """
     value = None if name.startswith("_") else getattr(module, name, None)
     if value is None and name == "out_channels" and front_end:
@@ -220,12 +213,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def frame_shift(compute_features: Any, sample_rate: int) -> int:
-    """Samples from a frame of the features to the next: an attribute of that name, or measured.
-
-    Raises
-    ------
-    InputError
-        The front end gives as many frames for a clip of any length, and does not say.
+    """Gives the samples from a frame of the features to the next: an attribute of that name, or measured.
 
     Example
     -------
@@ -247,18 +235,10 @@ def frame_shift(compute_features: Any, sample_rate: int) -> int:
     return round(sample_rate / (two - one))
 
 
-def frames_per_step(encoder: nn.Module, n_frames: int, n_mels: int) -> int | None:
-    """Frames from a step of the feature map to the next: an attribute of the encoder, or measured in evaluation mode.
+def frames_per_step(encoder: Any, n_frames: int, n_mels: int) -> int | None:
+    """Gives the frames from a step of the feature map to the next: an attribute of the encoder, or measured.
 
-    Arguments
-    ---------
-    n_frames, n_mels
-        Of features that the encoder takes.
-
-    Returns
-    -------
-    int or None
-        None, if the encoder gives as many steps whatever the length.
+    The encoder is in evaluation mode, and takes features of `n_frames` and `n_mels`. None, if all lengths give as many steps.
 
     Example
     -------

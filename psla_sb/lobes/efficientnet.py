@@ -1,19 +1,17 @@
-"""EfficientNet as an audio encoder: log-mel features in, feature map out.
+"""EfficientNet as an audio encoder, with the parameter names of `efficientnet_pytorch` 0.7.1, so that published weights fit.
 
-The network is that of the package `efficientnet_pytorch` (0.7.1), with its parameter names, so its weights and PSLA's
-published checkpoints fit. What differs from the package: one input channel, no ImageNet classifier, PyTorch's SiLU and
-channels-last memory (faster on a CPU, same numbers), and a choice between the paddings of the package's last
-two versions.
+What differs from the package: one input channel, no classifier, channels-last memory (faster on a CPU), and a choice of paddings.
 """
 
 import copy
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.utils import get_model_params, url_map, url_map_advprop
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -24,90 +22,71 @@ STEMS = ("random", "sum")
 PADDINGS = ("tensorflow", "symmetric")
 # AdvProp's weights want pixels scaled in another way than the plain ones. Here that is irrelevant: neither scaling is that
 # of normalised log-mel energies, and batch normalisation absorbs the difference.
-URLS = {"imagenet": url_map, "advprop": url_map_advprop}
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+URLS: dict[Any, dict[str, str]] = {"imagenet": url_map, "advprop": url_map_advprop}
 
 
 class EfficientNetEncoder(EfficientNet):
-    """EfficientNet without its classifier, on features `[batch, frames, mels]`.
+    """Turns features `[batch, frames, mels]` into a feature map `[batch, channels, freq, steps]`, both about 32 times smaller.
 
-    Frequency and time shrink by about 32. Inputs too small to give one step are filled with zeros at their end.
+    Inputs too small to give one step are filled with zeros at their end.
 
     Arguments
     ---------
-    variant : str
-        "b0" to "b7".
-    pretrained : str or Path, optional
+    pretrained
         "imagenet" or "advprop": the weights that `efficientnet_pytorch` names, downloaded once by `torch.hub`. Otherwise
         the path of such a file: a state dict with a stem of three channels, with or without `_fc`.
-    stem : str
+    stem
         What becomes of a pretrained stem of three channels: "random" replaces it with a random one of one channel, as PSLA
         does; "sum" adds its three filters up, as AST does.
-    padding : str
+    padding
         "tensorflow": a strided convolution that lacks p pixels gets floor(p / 2) before and the rest after, as in
         efficientnet_pytorch 0.7.1 and where the ImageNet weights come from. "symmetric": ceil(p / 2) on every side, as in
         0.7.0, with which PSLA's published models were trained.
-    norm_momentum : float
+    norm_momentum
         Batch normalisation's momentum in PyTorch's sense: the weight of the newest batch.
-    drop_connect : float
-        Probability, in training, that the last block is skipped; it grows linearly from 0 at the first block.
-    width, depth : float, optional
+    drop_connect
+        In training block k = 0, 1, ... of n is skipped with the probability `drop_connect * k / n`.
+    width, depth
         Multipliers of B0's channels and of its layers, in place of the variant's own: below 1 for networks that are smaller
         than B0, which learn faster from few clips.
 
-    Attributes
-    ----------
-    out_channels : int
-        Channels of the feature map.
-    frames_per_step : int
-        Frames of the input from a step of the feature map to the next.
-
     Raises
     ------
-    ValueError
-        If an argument is not among the choices or out of range.
     InputError
         If the pretrained weights cannot be had, or are not those of this variant.
 
     Example
     -------
     >>> embedding_model = EfficientNetEncoder("b0").eval()
-    >>> embedding_model(torch.zeros(1, 100, 128)).shape
-    torch.Size([1, 1280, 4, 3])
+    >>> embedding_model(torch.zeros(1, 100, 128)).shape, embedding_model.out_channels, embedding_model.frames_per_step
+    (torch.Size([1, 1280, 4, 3]), 1280, 32)
     """
 
     def __init__(
         self,
-        variant="b2",
-        pretrained=None,
-        stem="random",
-        padding="tensorflow",
-        norm_momentum=0.01,
-        drop_connect=0.2,
-        width=None,
-        depth=None,
-    ):
-        _check_choice("variant", variant, VARIANTS)
-        _check_choice("stem", stem, STEMS)
-        _check_choice("padding", padding, PADDINGS)
+        variant: str = "b2",
+        pretrained: str | Path | None = None,
+        stem: str = "random",
+        padding: str = "tensorflow",
+        norm_momentum: float = 0.01,
+        drop_connect: float = 0.2,
+        width: float | None = None,
+        depth: float | None = None,
+    ) -> None:
+        for name, value, choices in (("variant", variant, VARIANTS), ("stem", stem, STEMS), ("padding", padding, PADDINGS)):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         if not 0 <= norm_momentum <= 1:
             raise ValueError(f"norm_momentum must be in [0, 1], not {norm_momentum}")
         if not 0 <= drop_connect < 1:
             raise ValueError(f"drop_connect must be in [0, 1), not {drop_connect}")
-        scales = {"width_coefficient": width, "depth_coefficient": depth}
-        for name, scale in scales.items():
-            if scale is not None and not scale > 0:
-                raise ValueError(f"{name.partition('_')[0]} must be above 0, not {scale}")
-        options = {
-            **{name: scale for name, scale in scales.items() if scale is not None},
-            "include_top": False,
-            "batch_norm_momentum": 1 - norm_momentum,
-            "drop_connect_rate": drop_connect,
-        }
+        # the package means the weight of the past by momentum, as TensorFlow does
+        options = {"include_top": False, "batch_norm_momentum": 1 - norm_momentum, "drop_connect_rate": drop_connect}
+        for name, scale in (("width", width), ("depth", depth)):
+            if scale is not None:
+                if not scale > 0:
+                    raise ValueError(f"{name} must be above 0, not {scale}")
+                options[f"{name}_coefficient"] = scale
         super().__init__(*get_model_params(f"efficientnet-{variant}", options))
         self._change_in_channels(1)
         self.out_channels = self._conv_head.out_channels
@@ -118,9 +97,10 @@ class EfficientNetEncoder(EfficientNet):
             self._load_pretrained(pretrained, variant, stem)
         self.to(memory_format=torch.channels_last)
 
-    def _set_padding(self, symmetric):
-        """Choose every convolution's padding; return the smallest input that gives one step."""
+    def _set_padding(self, symmetric: bool) -> int:
+        """Chooses every convolution's padding; gives the smallest input that has one step."""
         min_size = self.frames_per_step = 1
+        # from the last to the first: how much of its input each needs for what the next one needs
         for conv in reversed([module for module in self.modules() if isinstance(module, nn.Conv2d)]):
             # the package pads height and width alike: before and after
             before, after = getattr(conv.static_padding, "padding", (0, 0))[:2]
@@ -132,20 +112,17 @@ class EfficientNetEncoder(EfficientNet):
             self.frames_per_step *= conv.stride[0]
         return min_size
 
-    def _load_pretrained(self, pretrained, variant, stem):
-        state = _read(pretrained, variant)
-        tensors = {key: value for key, value in state.items() if not str(key).startswith("_fc.")}
+    def _load_pretrained(self, pretrained: str | Path, variant: str, stem: str) -> None:
+        tensors = {key: value for key, value in _read(pretrained, variant).items() if not str(key).startswith("_fc.")}
         # files older than PyTorch's batch counters have none, and with a fixed momentum nothing reads them
-        own = self.state_dict()
-        expected = {key: value.shape for key, value in own.items() if not key.endswith("num_batches_tracked")}
-        rgb = "_conv_stem.weight"
-        expected[rgb] = torch.Size([own[rgb].shape[0], 3, *own[rgb].shape[2:]])
-        problems = [f"{key} is missing" for key in expected if key not in tensors]
-        problems += [f"{key} is unknown" for key in tensors if key not in own]
+        own, rgb = self.state_dict(), "_conv_stem.weight"
+        expected = {key: list(value.shape) for key, value in own.items() if not key.endswith("num_batches_tracked")}
+        expected[rgb][1] = 3
+        found = {key: list(getattr(value, "shape", [])) for key, value in tensors.items()}
+        problems = [f"{key} is missing" for key in expected if key not in found]
+        problems += [f"{key} is unknown" for key in found if key not in own]
         problems += [
-            f"{key} is {list(getattr(tensors[key], 'shape', []))} and should be {list(shape)}"
-            for key, shape in expected.items()
-            if key in tensors and getattr(tensors[key], "shape", None) != shape
+            f"{key} is {found[key]} and should be {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
         ]
         if problems:
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -156,82 +133,55 @@ class EfficientNetEncoder(EfficientNet):
         tensors[rgb] = tensors[rgb].sum(1, keepdim=True) if stem == "sum" else own[rgb]
         self.load_state_dict(tensors, strict=False)
 
-    def forward(self, feats, lens=None):
-        """Encode.
-
-        Arguments
-        ---------
-        feats : torch.Tensor
-            `[batch, frames, mels]`, normalised.
-        lens : torch.Tensor, optional
-            Not used; SpeechBrain's encoders take it.
-
-        Returns
-        -------
-        torch.Tensor
-            Feature map `[batch, channels, freq, steps]`.
-        """
+    def forward(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
+        """Encodes normalised features; `lens` is not used, but SpeechBrain's encoders take it."""
         x = feats.transpose(1, 2).unsqueeze(1)
-        missing = [max(0, self._min_size - size) for size in x.shape[2:]]
-        if any(missing):
-            x = F.pad(x, (0, missing[1], 0, missing[0]))
+        height, width = (max(0, self._min_size - size) for size in x.shape[2:])
+        if height or width:
+            x = F.pad(x, (0, width, 0, height))
         return self.extract_features(x.contiguous(memory_format=torch.channels_last))
 
 
-def fold_norms(module):
-    """A copy for evaluation, whose encoders compute the same in fewer passes over memory.
+def fold_norms(module: nn.Module) -> nn.Module:
+    """Makes a copy for evaluation, whose `EfficientNetEncoder`s compute the same but for rounding, in fewer passes over memory.
 
-    Each batch normalisation is folded into the convolution before it. Where the package pads one side more than the other, which
-    copies the input, the kernel gets zeros on the side of less padding instead, and the convolution pads both sides alike.
-    Activations overwrite what the convolutions gave.
-
-    Arguments
-    ---------
-    module : torch.nn.Module
-        An `EfficientNetEncoder`, or a module that has some; in evaluation mode.
-
-    Returns
-    -------
-    torch.nn.Module
-        Gives the same numbers but for rounding, faster.
-
-    Example
-    -------
-    >>> encoder = EfficientNetEncoder("b0").eval()
-    >>> len(list(encoder.modules())) > len([m for m in fold_norms(encoder).modules() if not isinstance(m, nn.Identity)])
-    True
+    Each batch normalisation goes into the convolution before it, each padding too; activations overwrite what they are given.
     """
     module = copy.deepcopy(module)
-    encoders = [encoder for encoder in module.modules() if isinstance(encoder, EfficientNetEncoder)]
-    for part in [part for encoder in encoders for part in encoder.modules()]:
+    for part in [part for encoder in module.modules() if isinstance(encoder, EfficientNetEncoder) for part in encoder.modules()]:
         # the package registers every normalisation right after its convolution
-        children = list(part.named_children())
-        for (conv_name, conv), (norm_name, norm) in pairwise(children):
+        for (conv_name, conv), (norm_name, norm) in pairwise(list(part.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(part, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(part, conv_name, _padded_alike(fuse_conv_bn_eval(conv, norm)))
                 setattr(part, norm_name, nn.Identity())
         if hasattr(part, "_swish"):
             part._swish = nn.SiLU(inplace=True)
-    for conv in [part for encoder in encoders for part in encoder.modules() if isinstance(part, nn.Conv2d)]:
-        if not isinstance(conv.static_padding, nn.Identity):
-            before, after = conv.static_padding.padding[:2]
-            zeros = after - before
-            conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (zeros, 0, zeros, 0)), requires_grad=False)
-            conv.kernel_size, conv.padding, conv.static_padding = conv.weight.shape[2:], (after, after), nn.Identity()
-    return module.to(memory_format=torch.channels_last)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's annotations lack it
 
 
-def _read(pretrained, variant):
-    """A state dict from a file or the package's URL; never runs code that the file contains."""
-    if pretrained in URLS:
-        url = URLS[pretrained][f"efficientnet-{variant}"]
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+def _padded_alike(conv: nn.Conv2d) -> nn.Conv2d:
+    """Pads within the convolution, which saves a copy of its input; where one side lacks a pixel, the kernel gets zeros instead.
+
+    pixels   . x x x x . .      1 before, 2 after        kernel     k k k
+    the same . . x x x x . .    2 before, 2 after                 0 k k k
+    """
+    if isinstance(conv.static_padding, nn.ZeroPad2d):
+        before, after = conv.static_padding.padding[:2]
+        zeros = after - before
+        conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (zeros, 0, zeros, 0)), requires_grad=False)
+        conv.kernel_size, conv.padding, conv.static_padding = conv.weight.shape[2:], (after, after), nn.Identity()
+    return conv
+
+
+def _read(pretrained: str | Path, variant: str) -> dict[Any, Any]:
+    """Reads a state dict from a file or the package's URL; never runs code that the file contains."""
+    url = URLS[pretrained][f"efficientnet-{variant}"] if pretrained in URLS else ""
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name) if url else Path(pretrained)
+    missing = f"{file}: cannot be read. Give {', '.join(URLS)}, or the path of a weights file"
+    if url:
         missing = f"{url}: cannot be downloaded. Download it elsewhere and put it at {file}"
-    else:
-        file = Path(pretrained)
-        missing = f"{file}: cannot be read. Give {', '.join(URLS)}, or the path of a weights file"
     try:
-        if pretrained in URLS:
+        if url:
             # no check_hash: nobody says that the digits in these file names are SHA-256; every tensor's shape is checked
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         else:

@@ -1,82 +1,31 @@
 """Several trained taggers with one front end as one: an encoder and a pooling in the places of a single tagger's."""
 
-from torch import nn
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psla_sb.lobes.chain import call
 
 
 class EnsembleEncoder(nn.Module):
-    """The encoders of the members, side by side.
+    """Runs the members' encoders side by side: features `[batch, frames, mels]` to a tuple of each member's feature map."""
 
-    Arguments
-    ---------
-    members : sequence of torch.nn.Module
-        Each takes features and gives a feature map.
-
-    Raises
-    ------
-    ValueError
-        If there are no members.
-
-    Example
-    -------
-    >>> import torch
-    >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
-    >>> encoder = EnsembleEncoder([EfficientNetEncoder("b0"), EfficientNetEncoder("b2")])
-    >>> [feature_map.shape for feature_map in encoder.eval()(torch.zeros(1, 100, 128))]
-    [torch.Size([1, 1280, 4, 3]), torch.Size([1, 1408, 4, 4])]
-    """
-
-    def __init__(self, members):
+    def __init__(self, members: Sequence[nn.Module]) -> None:
         super().__init__()
         if not members:
             raise ValueError("EnsembleEncoder needs at least one member")
         self.members = nn.ModuleList(members)
 
-    def forward(self, feats, lens=None):
-        """Encode.
-
-        Arguments
-        ---------
-        feats : torch.Tensor
-            `[batch, frames, mels]`, normalised.
-        lens : torch.Tensor, optional
-            Handed on to the members.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            Each member's feature map `[batch, channels, freq, steps]`.
-        """
+    def forward(self, feats: Tensor, lens: Tensor | None = None) -> tuple[Tensor, ...]:
         return tuple(call(member, feats, lens) for member in self.members)
 
 
 class EnsemblePooling(nn.Module):
-    """The mean of the members' probabilities, each clamped to [0, 1].
+    """Takes the weighted mean of the members' probabilities, each clamped to [0, 1]; without weights all count the same."""
 
-    Arguments
-    ---------
-    members : sequence of torch.nn.Module
-        Each takes the feature map of the encoder in its place.
-    weights : sequence of float, optional
-        How much each member counts; by default all the same.
-
-    Raises
-    ------
-    ValueError
-        If there are no members, there are not as many weights, or a weight is not positive.
-
-    Example
-    -------
-    >>> import torch
-    >>> from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-    >>> pooling = EnsemblePooling([AttentionPooling(1280, 527), MeanPooling(1408, 527)], weights=[2, 1])
-    >>> pooling([torch.rand(2, 1280, 4, 33), torch.rand(2, 1408, 4, 33)]).shape
-    torch.Size([2, 527])
-    """
-
-    def __init__(self, members, weights=None):
+    def __init__(self, members: Sequence[nn.Module], weights: Iterable[float] | None = None) -> None:
         super().__init__()
         weights = [1.0] * len(members) if weights is None else list(weights)
         if not members or len(weights) != len(members) or min(weights) <= 0:
@@ -84,39 +33,16 @@ class EnsemblePooling(nn.Module):
         self.members = nn.ModuleList(members)
         self.weights = [weight / sum(weights) for weight in weights]
 
-    def _mean(self, answers):
+    def _mean(self, answers: Sequence[Tensor]) -> Any:
         return sum(weight * answer.clamp(0, 1) for weight, answer in zip(self.weights, answers, strict=True))
 
-    def forward(self, feature_maps, lens=None):
-        """Probabilities of each clip.
-
-        Arguments
-        ---------
-        feature_maps : sequence of torch.Tensor
-            Each member's `[batch, channels, freq, steps]`.
-        lens : torch.Tensor, optional
-            Handed on to the members that take it.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, classes]`, float32.
-        """
+    def forward(self, feature_maps: Sequence[Tensor], lens: Tensor | None = None) -> Tensor:
+        """Gives `[batch, classes]`, float32, of each member's feature map."""
         return self._mean([call(member, x, lens) for member, x in zip(self.members, feature_maps, strict=True)])
 
-    def segment_scores(self, feature_maps):
-        """Scores of each step, for timelines.
-
-        Arguments
-        ---------
-        feature_maps : sequence of torch.Tensor
-            Each member's `[batch, channels, freq, steps]`; one with fewer steps than another has them repeated.
-
-        Returns
-        -------
-        torch.Tensor
-            `[batch, classes, steps]`, float32.
-        """
-        scores = [member.segment_scores(x) for member, x in zip(self.members, feature_maps, strict=True)]
+    def segment_scores(self, feature_maps: Sequence[Tensor]) -> Tensor:
+        """Scores each step for timelines, `[batch, classes, steps]`; a member with fewer steps has them repeated."""
+        members: Any = self.members
+        scores = [member.segment_scores(x) for member, x in zip(members, feature_maps, strict=True)]
         steps = max(one.shape[2] for one in scores)
         return self._mean([F.interpolate(one, size=steps) for one in scores])

@@ -1,35 +1,19 @@
 """The picture of an ensemble as it grows."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from psla_sb.plots.page import GREY, page
+from psla_sb.plots.page import GREY, legend_above, page
 
 
-def ensemble_curve(singles, ensembles, path, average=None):
-    """Draws the mAP of an ensemble against its number of members, and each member's own as a dot.
+def ensemble_curve(singles: Sequence[float], ensembles: Sequence[float], path: str | Path, average: float | None = None) -> Figure:
+    """Draws the mAP of an ensemble against its number of members, each member's own as a dot, and that of their weight average.
 
-    Arguments
-    ---------
-    singles : sequence of float
-        mAP of each member, in the order in which they were added.
-    ensembles : sequence of float
-        mAP of the ensemble with each of them added.
-    path : str or Path
-        The PNG file to write.
-    average : float, optional
-        mAP of the average of the members' weights.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        What was written.
-
-    Example
-    -------
-    >>> figure = ensemble_curve([0.40, 0.42], [0.40, 0.45], getfixture("tmp_path") / "ensemble.png", average=0.43)
-    >>> [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    ['ensemble: 0.450 with 2 members', 'single models: 0.420 at best', 'average of weights: 0.430']
+    `singles` and `ensembles` are in the order in which the members were added.
     """
     number = np.arange(1, len(ensembles) + 1)
     with page(path, 3.2, layout="constrained") as figure:
@@ -43,6 +27,5 @@ def ensemble_curve(singles, ensembles, path, average=None):
         axes.set_xlim(0.5, len(ensembles) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(y=0.1)
-        # above the panel, where no curve can run through it
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0, ncols=3)
+        legend_above(axes, ncols=3)
     return figure

@@ -1,61 +1,49 @@
 """The pictures of a training: its curves, the average precision of each class, example clips."""
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
 
 from psla_sb.checkpoints.run_folder import prediction_path, read_results
+from psla_sb.labels.label_sets import LabelSets
+from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
 from psla_sb.lobes.features import KaldiFbank, n_frames_of
 from psla_sb.metrics import average_precision
-from psla_sb.plots.page import GREY, ORANGE, PAGE_WIDTH, PALE_BLUE, PALE_GREY, ROW_HEIGHT, STYLE, _log_counts, _shorten, page
+from psla_sb.plots import page as common
+from psla_sb.plots.page import GREY, ORANGE, PAGE_WIDTH, ROW_HEIGHT, legend_above, log_counts, page, shorten
 
 # With more classes than fit on a page, all are drawn but only this many of the best and of the worst have room for their names.
 MAX_ROWS, N_EXTREMES = 60, 20
 N_EXAMPLES, N_TAGS = 12, 5
 
 
-def training_curves(epochs, path):
+def training_curves(epochs: Sequence[Mapping[str, Any]], path: str | Path) -> Figure:
     """Draws losses, learning rate, mAP and ensemble mAP by epoch.
 
-    Arguments
-    ---------
-    epochs : list of dict
-        `epochs` of `results.json`; a value that is missing, None or NaN leaves a gap.
-    path : str or Path
-        The PNG file to write.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        What was written.
-
-    Example
-    -------
-    >>> epochs = [{"epoch": 1, "lr": 1e-3, "train_loss": 0.4, "valid_loss": 0.3, "mAP": 0.2, "ensemble_mAP": 0.2}]
-    >>> figure = training_curves(epochs, getfixture("tmp_path") / "training_curves.png")
-    >>> [axes.get_ylabel() for axes in figure.axes]
-    ['loss (binary cross-entropy)', 'mAP (mean average precision), validation', 'learning rate']
+    `epochs` are those of `results.json`; a value that is missing, None or NaN leaves a gap.
     """
     keys = ("epoch", "lr", "train_loss", "valid_loss", "mAP", "ensemble_mAP")
-    values = {key: np.array([epoch.get(key) for epoch in epochs], dtype=float) for key in keys}
-    number = values["epoch"]
+    number, rates, train, valid, own, ensemble = np.array([[epoch.get(key) for epoch in epochs] for key in keys], dtype=float)
     with page(path, 3.4, layout="constrained") as figure:
         panels = figure.subplot_mosaic([["loss", "mAP"], ["lr", "mAP"]], height_ratios=[2, 1])
         loss, precision, rate = panels["loss"], panels["mAP"], panels["lr"]
-        loss.plot(number, values["train_loss"], "s--", label="training (augmented clips)")
-        loss.plot(number, values["valid_loss"], "o-", label="validation")
+        loss.plot(number, train, "s--", label="training (augmented clips)")
+        loss.plot(number, valid, "o-", label="validation")
         loss.set(ylabel="loss (binary cross-entropy)")
         loss.tick_params(labelbottom=False)
-        precision.plot(number, values["mAP"], "s--", label="each epoch" + _best(number, values["mAP"]))
-        precision.plot(
-            number, values["ensemble_mAP"], "o-", label="ensemble of the epochs so far" + _best(number, values["ensemble_mAP"])
-        )
+        precision.plot(number, own, "s--", label="each epoch" + _best(number, own))
+        precision.plot(number, ensemble, "o-", label="ensemble of the epochs so far" + _best(number, ensemble))
         precision.set(xlabel="epoch", ylabel="mAP (mean average precision), validation")
-        rate.step(number, values["lr"], color=GREY, where="mid", marker="." if len(epochs) == 1 else None)
+        rate.step(number, rates, color=GREY, where="mid", marker="." if len(epochs) == 1 else None)
         rate.set(xlabel="epoch", ylabel="learning rate")
         rate.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
         rate.yaxis.set_major_formatter("{x:g}")
@@ -66,47 +54,25 @@ def training_curves(epochs, path):
         for axes in (precision, rate):
             axes.set_ylim(bottom=0)
         for axes in (loss, precision):
-            # above the panel, where no curve can run through it
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+            legend_above(axes)
         figure.align_ylabels([loss, rate])
     return figure
 
 
-def _best(epochs, values):
+def _best(epochs: np.ndarray, values: np.ndarray) -> str:
     if not np.isfinite(values).any():
         return ""
     best = np.nanargmax(values)
     return f", best {values[best]:.3f} (epoch {epochs[best]:.0f})"
 
 
-def class_ap(names, ap, train_counts, path, title="Average precision per class"):
-    """Draws every class's average precision as bars, best first, beside its number of training clips.
+def class_ap(
+    names: Sequence[str], ap: ArrayLike, train_counts: ArrayLike, path: str | Path, title: str = "Average precision per class"
+) -> Figure:
+    """Draws every class's average precision as bars, best first, beside its number of training clips; both are `[classes]`.
 
-    Up to 60 classes all have their names; with more, an overview of all comes first and the 20 best and worst have names.
-
-    Arguments
-    ---------
-    names : sequence of str
-        The classes.
-    ap : array_like
-        `[classes]`, NaN for a class without a positive clip: it is left out, and their number is stated.
-    train_counts : array_like
-        `[classes]`, clips.
-    path : str or Path
-        The PNG file to write.
-    title : str
-        Whose scores they are.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        What was written.
-
-    Example
-    -------
-    >>> figure = class_ap(["Bell", "Rain"], [0.2, 0.9], [3, 1000], getfixture("tmp_path") / "class_ap.png")
-    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ['Rain', 'Bell']
+    A class whose value is NaN, for want of a positive clip, is left out, and their number is stated. Up to 60 classes all have
+    their names; with more, an overview of all comes first and the 20 best and worst have names.
     """
     ap, train_counts = np.asarray(ap, dtype=float), np.asarray(train_counts)
     defined = int(np.isfinite(ap).sum())
@@ -120,13 +86,11 @@ def class_ap(names, ap, train_counts, path, title="Average precision per class")
         lines.append(f"mAP {mean:.3f}, the mean over {defined} class{'es' * (defined != 1)}")
     if defined < len(ap):
         lines.append(f"{len(ap) - defined} of {len(ap)} classes have no positive clip here, so no AP, and are left out")
-    bars_height = (len(shown) + 2 * many + 1) * ROW_HEIGHT + 0.5
-    overview_height = 2.4 if many else 0
-    with page(path, bars_height + overview_height + 0.2 * len(lines), layout="constrained") as figure:
-        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=STYLE["axes.titlesize"])
-        lower = figure
+    heights = [2.4 if many else 0, (len(shown) + 2 * many + 1) * ROW_HEIGHT + 0.5]
+    with page(path, sum(heights) + 0.2 * len(lines), lines, layout="constrained") as figure:
+        lower: Any = figure
         if many:
-            upper, lower = figure.subfigures(2, 1, height_ratios=[overview_height, bars_height])
+            (upper,), (lower,) = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)
             top, bottom = upper.subplots(2, 1, sharex=True, height_ratios=[3, 2])
             rank = np.arange(1, defined + 1)
             top.bar(rank, ap[order], width=1, linewidth=0)
@@ -134,62 +98,30 @@ def class_ap(names, ap, train_counts, path, title="Average precision per class")
             top.set(ylabel="average precision", ylim=(0, 1))
             bottom.plot(rank, train_counts[order], ".", color=ORANGE, markersize=2.5)
             bottom.set(xlabel="classes from the best to the worst", ylabel="training clips", xlim=(0.5, defined + 0.5))
-            _log_counts(bottom, "y", train_counts)
+            log_counts(bottom, "y", train_counts)
             upper.align_ylabels()
         bars, counts = lower.subplots(1, 2, sharey=True, width_ratios=[3, 1])
         bars.barh(rows, ap[shown], height=0.75)
         bars.axvline(mean, color="black", linestyle="--", linewidth=0.8)
         counts.plot(train_counts[shown], rows, "o", color=ORANGE)
-        clear = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         for row, value, count in zip(rows, ap[shown], train_counts[shown], strict=True):
-            beside = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 6, "bbox": clear}
-            bars.annotate(f"{value:.2f}", (value, row), **beside)
-            counts.annotate(f"{count:,}", (count, row), **beside)
+            bars.annotate(f"{value:.2f}", (value, row), **common.BESIDE)
+            counts.annotate(f"{count:,}", (count, row), **common.BESIDE)
         if many:
-            between = f"{defined - len(shown)} classes between"
-            bars.text(0.01, N_EXTREMES + 0.5, between, va="center", fontsize=7, color=GREY)
-        bars.set_yticks(rows, [_shorten(names[c]) for c in shown])
+            bars.text(0.01, N_EXTREMES + 0.5, f"{defined - len(shown)} classes between", va="center", fontsize=7, color=GREY)
+        common.name_rows((bars, counts), rows, [names[c] for c in shown])
         bars.set(xlabel="average precision (dashed: mean)", xlim=(0, 1.08), xticks=np.linspace(0, 1, 6))
-        bars.set_ylim(max(rows, default=0) + 0.7, -0.7)
         counts.set(xlabel="training clips")
-        _log_counts(counts, "x", train_counts, room=12)
-        for axes in (bars, counts):
-            axes.grid(visible=False, axis="y")
-            axes.tick_params(axis="y", length=0)
+        log_counts(counts, "x", train_counts, room=12)
     return figure
 
 
-def example_clips(clips, path, title="Example clips"):
+def example_clips(clips: Sequence[Mapping[str, Any]], path: str | Path, title: str = "Example clips") -> Figure:
     """Draws a page of log-mel spectrograms, true labels above each, the best-scored tags below.
 
-    A tag that is a true label has a tick, a bold name and a darker bar; the length of the bar is the score.
-
-    Arguments
-    ---------
-    clips : list of dict
-        At most 12, with `title`; `features`, an array `[frames, mels]` of log-mel energies; `shift`, seconds from a frame to the
-        next; `labels`, the names of the true classes; `tags`, a list of (name, score in [0, 1]), best first.
-    path : str or Path
-        The PNG file to write.
-    title : str
-        Whose scores they are.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        What was written.
-
-    Raises
-    ------
-    ValueError
-        There are no clips or more than 12.
-
-    Example
-    -------
-    >>> clip = {"title": "a", "features": np.random.randn(98, 64), "shift": 0.01, "labels": ["Bell"], "tags": [("Bell", 0.9)]}
-    >>> figure = example_clips([clip], getfixture("tmp_path") / "examples.png")
-    >>> [text.get_text() for text in figure.axes[1].texts]
-    ['✓ Bell', '0.90']
+    Each of the 1 to 12 clips has `title`; `features`, log-mel energies `[frames, mels]`; `shift`, seconds from a frame to the next;
+    `labels`, the names of the true classes; `tags`, pairs (name, score in [0, 1]), best first. A tag that is a true label has a
+    tick, a bold name and a darker bar; the length of the bar is the score.
     """
     if not 1 <= len(clips) <= N_EXAMPLES:
         raise ValueError(f"a page has 1 to {N_EXAMPLES} clips, not {len(clips)}")
@@ -198,8 +130,8 @@ def example_clips(clips, path, title="Example clips"):
     lowest, highest = np.percentile(energies, [5, 99.8])
     # all in inches
     left, width, gap, top, foot = 0.48, 3.07, 0.45, 0.4, 0.52
-    heading, spectrogram, ticks, tags, space = 0.26, 0.56, 0.16, 0.49, 0.06
-    cell = heading + spectrogram + ticks + tags + space
+    heading, picture, ticks, tags, space = 0.26, 0.56, 0.16, 0.49, 0.06
+    cell = heading + picture + ticks + tags + space
     height = top + -(-len(clips) // 2) * cell + foot
     with page(path, height) as figure:
 
@@ -207,25 +139,14 @@ def example_clips(clips, path, title="Example clips"):
             return figure.add_axes((x / PAGE_WIDTH, y / height, w / PAGE_WIDTH, h / height))
 
         for number, clip in enumerate(clips):
-            x, y = left + number % 2 * (width + gap), height - top - number // 2 * cell - heading - spectrogram
-            frames, mels = np.shape(clip["features"])
-            image = axes_at(x, y, width, spectrogram)
-            drawn = image.imshow(
-                np.transpose(clip["features"]),
-                origin="lower",
-                aspect="auto",
-                cmap="magma",
-                extent=(0, frames * clip["shift"], 0, mels),
-                vmin=lowest,
-                vmax=highest,
-            )
-            image.grid(visible=False)
-            image.set_yticks([0, mels])
+            x, y = left + number % 2 * (width + gap), height - top - number // 2 * cell - heading - picture
+            image, features = axes_at(x, y, width, picture), np.asarray(clip["features"])
+            drawn = common.spectrogram(image, features, len(features) * clip["shift"], lowest, highest)
             image.set_ylabel("mel band", labelpad=1, fontsize=7)
             image.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
             image.xaxis.set_major_formatter("{x:g} s")
             image.tick_params(labelsize=6, pad=2)
-            caption = f"{_shorten(clip['title'], 30)}: {'; '.join(clip['labels']) or 'no label'}"
+            caption = f"{shorten(clip['title'], 30)}: {'; '.join(clip['labels']) or 'no label'}"
             lines = textwrap.wrap(caption, 64, max_lines=2, placeholder=" \N{HORIZONTAL ELLIPSIS}")
             _fit(image.set_title("\n".join(lines), fontsize=6.5, pad=3), width)
             bars = axes_at(x, y - ticks - tags, width, tags)
@@ -234,8 +155,8 @@ def example_clips(clips, path, title="Example clips"):
             for row, (name, score) in enumerate(clip["tags"][:N_TAGS]):
                 right = name in clip["labels"]
                 look = {"va": "center", "fontsize": 6.5, "fontweight": "bold" if right else "normal"}
-                bars.barh(row, score, height=0.86, color=PALE_BLUE if right else PALE_GREY)
-                _fit(bars.text(0.01 if right else 0.045, row, "✓ " * right + _shorten(name), **look), 0.86 * width)
+                bars.barh(row, score, height=0.86, color=common.PALE_BLUE if right else common.PALE_GREY)
+                _fit(bars.text(0.01 if right else 0.045, row, "✓ " * right + shorten(name), **look), 0.86 * width)
                 bars.text(1, row, f"{score:.2f}", ha="right", **look)
         explanation = f"Above each clip: its name and true labels. Below: the {N_TAGS} best-scored classes (bar: score), ✓ if true."
         figure.text(left / PAGE_WIDTH, 1 - 0.06 / height, f"{title}\n{explanation}", va="top")
@@ -246,42 +167,29 @@ def example_clips(clips, path, title="Example clips"):
     return figure
 
 
-def _fit(text, width):
+def _fit(text: Text, width: float) -> None:
     """Makes letters smaller, if a text is wider than so many inches."""
-    excess = text.get_window_extent().width / (0.98 * width * text.figure.dpi)
+    excess = text.get_window_extent().width / (0.98 * width * common.STYLE["figure.dpi"])
     text.set_fontsize(text.get_fontsize() / max(1, excess))
 
 
-def write_pictures(brain, dataset, name, vocabulary, train_labels):
-    """Writes the pictures of a run into `plots/` of its output folder.
+def write_pictures(brain: Any, dataset: Any, name: str, vocabulary: Vocabulary, train_labels: LabelSets) -> None:
+    """Writes the pictures of a run into `plots/` of its output folder, once `psla_sb.experiment.evaluation` has evaluated it.
 
-    Arguments
-    ---------
-    brain : TaggingBrain
-        After `psla_sb.experiment.evaluation.evaluate`.
-    dataset : TaggingDataset
-        The set that was reported on.
-    name : str
-        What the names of its predictions begin with: "valid" or "test".
-    vocabulary : Vocabulary
-        The classes.
-    train_labels : LabelSets
-        Of the training set, as trained on.
+    `brain` is a `TaggingBrain`, `dataset` the `TaggingDataset` that was reported on as `name`, "valid" or "test", `train_labels`
+    what was trained on.
     """
     folder, n_classes = Path(brain.hparams.output_folder), len(vocabulary)
+    plots = folder / "plots"
     ensemble = np.load(prediction_path(folder, f"{name}_ensemble"))
     average = np.load(prediction_path(folder, f"{name}_weight_average"), mmap_mode="r")
-    targets = dataset.data.label_sets(vocabulary).to_multi_hot(np.arange(len(ensemble)), n_classes)
-    training_curves(read_results(folder)["epochs"], folder / "plots" / "training_curves.png")
-    class_ap(
-        vocabulary.names,
-        average_precision(ensemble, targets),
-        train_labels.counts(n_classes),
-        folder / "plots" / "class_ap.png",
-        "Average precision per class, of the mean of all epochs' scores (ensemble)",
-    )
+    targets = dataset.data.targets(vocabulary)[: len(ensemble)]
+    training_curves(read_results(folder)["epochs"], plots / "training_curves.png")
+    title = "Average precision per class, of the mean of all epochs' scores (ensemble)"
+    ap = average_precision(ensemble, targets)
+    class_ap(vocabulary.names, ap, train_labels.counts(n_classes), plots / "class_ap.png", title)
     front_end, rate, clips = brain.hparams.modules["compute_features"], brain.hparams.sample_rate, []
-    shift = chain.frame_shift(front_end, rate)
+    shift = chain.frame_shift(front_end, rate) / rate
     for row in np.linspace(0, len(average) - 1, min(N_EXAMPLES, len(average))).round().astype(int):
         with dataset.output_keys_as(["id", "sig", "error"]):
             item = dataset[int(row)]
@@ -293,15 +201,7 @@ def write_pictures(brain, dataset, name, vocabulary, train_labels):
         if isinstance(front_end, KaldiFbank):
             # without the padding, whose 0.0 would be the loudest sound
             features = features[: n_frames_of(len(item["sig"]), rate)]
-        best = np.argsort(-average[row], kind="stable")[:N_TAGS]
-        clips.append(
-            {
-                "title": item["id"],
-                "features": features,
-                "shift": shift / rate,
-                "labels": [vocabulary.names[c] for c in np.flatnonzero(targets[row])],
-                "tags": [(vocabulary.names[c], float(average[row, c])) for c in best],
-            }
-        )
-    title = "Example clips, tagged with the average of the last epochs' weights"
-    example_clips(clips, folder / "plots" / "examples.png", title)
+        labels = [vocabulary.names[c] for c in np.flatnonzero(targets[row])]
+        tags = [(vocabulary.names[c], float(average[row, c])) for c in np.argsort(-average[row], kind="stable")[:N_TAGS]]
+        clips.append({"title": item["id"], "features": features, "shift": shift, "labels": labels, "tags": tags})
+    example_clips(clips, plots / "examples.png", "Example clips, tagged with the average of the last epochs' weights")

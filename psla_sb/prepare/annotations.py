@@ -1,62 +1,27 @@
 """What the recipes' preparations share: annotations that are made once, and lists of the clips that were left out."""
 
 import csv
+import itertools
 import json
 import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from speechbrain.utils.logger import get_logger
 
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.files import atomic_write
 
 logger = get_logger(__name__)
 
-LEFT_OUT_HEADER = ["ID", "reason", "file"]
 
-
-def origin(files, *settings):
-    """What annotations are made from, as text: another size or time of a file, or another setting, gives another text.
-
-    Arguments
-    ---------
-    files : sequence of Path
-        They must exist.
-    *settings
-        Further texts and numbers.
-
-    Returns
-    -------
-    str
-
-    Example
-    -------
-    >>> path = getfixture("tmp_path") / "eval_segments.csv"
-    >>> path.touch()
-    >>> origin([path], 16000) == origin([path], 32000)
-    False
-    """
+def origin(files: Iterable[Path], *settings: str | float) -> str:
+    """Describes what annotations are made from: another size or time of a file, or another setting, gives another text."""
     return json.dumps([*settings, *((str(path), path.stat().st_size, path.stat().st_mtime) for path in files)])
 
 
-def are_made(annotations, made_from):
-    """Whether annotations are there, and were made from the same; the log then says so.
-
-    Arguments
-    ---------
-    annotations : sequence of Path
-        CSV files that `write_annotation` writes.
-    made_from : str
-        See `origin`.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> are_made([Path("nowhere.csv")], origin([]))
-    False
-    """
+def are_made(annotations: Collection[Path], made_from: str) -> bool:
+    """Tells whether annotations are there, and were made from the same (see `origin`); the log then says so."""
     if not all(path.exists() and _stamp(path).exists() and _stamp(path).read_text() == made_from for path in annotations):
         return False
     logger.info(
@@ -67,35 +32,9 @@ def are_made(annotations, made_from):
     return True
 
 
-def write_annotation(annotation, manifest, left_out, made_from):
-    """Writes an annotation, and beside it a list of the clips that it lacks. Once both are whole it counts as made (`are_made`).
-
-    Arguments
-    ---------
-    annotation : Path
-        The CSV file to write.
-    manifest : Manifest
-        The clips.
-    left_out : iterable
-        See `list_left_out`.
-    made_from : str
-        See `origin`.
-
-    Returns
-    -------
-    Path
-        The list of the clips that were left out.
-
-    Example
-    -------
-    >>> from psla_sb.dataio.manifest import Manifest
-    >>> annotation = getfixture("tmp_path") / "eval.csv"
-    >>> manifest = Manifest.from_columns(["a"], ["a.wav"], [1.0], ["x"])
-    >>> write_annotation(annotation, manifest, [["b", "no file", ""]], origin([])).name
-    'eval_left_out.csv'
-    >>> are_made([annotation], origin([]))
-    True
-    """
+def write_annotation(annotation: Path, manifest: Manifest, left_out: Iterable[Sequence[object]], made_from: str) -> Path:
+    """Writes an annotation, and beside it the list of the clips that it lacks (see `list_left_out`), whose path is returned."""
+    # the stamp goes first and comes last: a process that is killed in between leaves what does not count as made
     _stamp(annotation).unlink(missing_ok=True)
     listed = list_left_out(annotation, left_out)
     manifest.to_csv(annotation)
@@ -104,57 +43,23 @@ def write_annotation(annotation, manifest, left_out, made_from):
     return listed
 
 
-def _stamp(annotation):
+def _stamp(annotation: Path) -> Path:
     return annotation.with_suffix(".made_from.json")
 
 
-def list_left_out(annotation, rows):
-    """Writes `<annotation>_left_out.csv`.
-
-    Arguments
-    ---------
-    annotation : Path
-        Which the clips are left out of.
-    rows : iterable of (str, str, str)
-        ID, reason and file of each.
-
-    Returns
-    -------
-    Path
-        What was written.
-
-    Example
-    -------
-    >>> list_left_out(getfixture("tmp_path") / "eval.csv", [["7", "no such file", "7.wav"]]).read_text().splitlines()
-    ['ID,reason,file', '7,no such file,7.wav']
-    """
+def list_left_out(annotation: Path, rows: Iterable[Sequence[object]]) -> Path:
+    """Writes ID, reason and file of clips to `<annotation>_left_out.csv`, whose path is returned."""
     path = annotation.with_name(f"{annotation.stem}_left_out.csv")
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(LEFT_OUT_HEADER)
-        writer.writerows(rows)
+        csv.writer(file).writerows(itertools.chain([["ID", "reason", "file"]], rows))
     return path
 
 
-def in_annotation(folder, data_folder):
-    """What the paths of a folder's files begin with in an annotation.
+def in_annotation(folder: str | Path, data_folder: str | Path) -> str:
+    """Returns what the paths of a folder's files begin with: `{data_root}/...` in the data folder, which can be moved then.
 
-    Arguments
-    ---------
-    folder, data_folder : str or Path
-        Absolute.
-
-    Returns
-    -------
-    str
-        `{data_root}/...` inside of the data folder, which can be moved then; an absolute path outside.
-
-    Example
-    -------
-    >>> in_annotation("/data/audioset/audio", "/data/audioset"), in_annotation("/fast/16k", "/data/audioset")
-    ('{data_root}/audio/', '/fast/16k/')
+    Both folders are absolute; outside of the data folder the path stays so.
     """
-    inside = Path(folder).is_relative_to(data_folder)
-    return os.path.join("{data_root}" if inside else "", Path(folder).relative_to(data_folder) if inside else folder, "").replace(
-        "/./", "/"
-    )
+    folder = Path(folder)
+    inside = folder.is_relative_to(data_folder)
+    return os.path.join("{data_root}" / folder.relative_to(data_folder) if inside else folder, "")

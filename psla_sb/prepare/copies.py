@@ -3,9 +3,14 @@
 They are made once, by several processes, which can be killed at any moment.
 """
 
+import contextlib
+import functools
 import io
 import math
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -21,79 +26,27 @@ from psla_sb.files import atomic_write, one_process
 
 FULL_SCALE = 2**15
 # FLAC of the lowest level, which is 4 % larger than by default, and is decoded in nine tenths of the time
-FORMATS = {".flac": {"format": "FLAC", "compression_level": 0.0}, ".wav": {"format": "WAV"}}
+FORMATS: dict[str, dict] = {".flac": {"format": "FLAC", "compression_level": 0.0}, ".wav": {"format": "WAV"}}
 # clips that wait for each worker, so that a long one holds up no other
 CLIPS_AHEAD = 32
 
+Files: TypeAlias = Sequence[str] | pa.Array
 
-def ending_of(resampled_format):
-    """The ending of copies in a format that a recipe asks for.
 
-    Arguments
-    ---------
-    resampled_format : str
-        "flac"; or "wav", which takes about twice the disk, and which a loader's worker reads over three times as fast.
-
-    Returns
-    -------
-    str
-
-    Raises
-    ------
-    InputError
-        It is neither.
-
-    Example
-    -------
-    >>> ending_of("flac")
-    '.flac'
-    """
+def ending_of(resampled_format: str) -> str:
+    """Returns the ending of copies: "flac" or "wav", which takes twice the disk and is read over three times as fast."""
     if f".{resampled_format}" not in FORMATS:
         raise InputError(f"resampled_format: must be flac or wav, not {resampled_format}")
     return f".{resampled_format}"
 
 
-def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
+def resample_clips(
+    sources: Files, targets: Files, folder: str | Path, sample_rate: int = 16000, n_workers: int | None = None
+) -> tuple[np.ndarray, dict[int, str]]:
     """Writes copies of clips, those that are not there yet. It can be killed at any moment and started again.
 
-    A copy appears under its own name only when it is whole and on disk. One that is there is kept, unless it is older than its
-    source or has another sample rate; it is also kept if its source is gone. What a killed process left unfinished, `tmp+...`, is
-    replaced when its clip is made again. Of several processes with the same folder one works and the others wait.
-
-    Arguments
-    ---------
-    sources : sequence of str or pyarrow.Array
-        The clips' files.
-    targets : sequence of str or pyarrow.Array
-        Their copies, paths relative to the folder, with the ending `.flac` or `.wav`. They must differ.
-    folder : str or Path
-        Where the copies go; made if there is none.
-    sample_rate : int
-        Of the copies, in Hz.
-    n_workers : int, optional
-        Processes that decode, by default as many as there are cores.
-
-    Returns
-    -------
-    (np.ndarray, dict of int to str)
-        Seconds `[clips]` of the copies, NaN for a clip that cannot be read; and what is wrong with each such clip.
-
-    Raises
-    ------
-    InputError
-        A copy cannot be written.
-    ValueError
-        There are not as many targets as sources, or no workers, or a target has another ending.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> soundfile.write(folder / "a.wav", np.zeros((44100, 2)), 44100)
-    >>> durations, errors = resample_clips([str(folder / "a.wav"), "nowhere.wav"], ["a.flac", "b.flac"], folder / "16k")
-    >>> durations, errors
-    (array([ 1., nan]), {1: 'nowhere.wav: no such file'})
-    >>> soundfile.info(folder / "16k" / "a.flac").samplerate
-    16000
+    Targets are relative to the folder and end in `.flac` or `.wav`. Returned are the copies' seconds `[clips]`, NaN for a clip that
+    cannot be read, and what is wrong with each such clip, by its row. A copy that cannot be written raises `InputError`.
     """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} sources but {len(targets)} targets")
@@ -102,20 +55,18 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
         raise ValueError(f"targets must end in one of {', '.join(FORMATS)}")
     if n_workers is None:
         # a container may have fewer cores than the machine
-        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        n_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if n_workers < 1:
         raise ValueError(f"n_workers must be 1 or more, not {n_workers}")
     durations, errors = np.full(len(sources), np.nan), {}
     with one_process(folder):
-        loader = DataLoader(
-            _Copies(sources, targets, str(folder), sample_rate),
-            batch_size=None,
-            # never in this process: results depend on the number of threads, and workers have one
-            num_workers=max(1, min(n_workers, len(sources))),
-            prefetch_factor=CLIPS_AHEAD,
-            # the global one would be advanced, and training would draw other numbers than without a preparation
-            generator=torch.Generator(),
-        )
+        # never in this process: results depend on the number of threads, and workers have one
+        n_workers = max(1, min(n_workers, len(sources)))
+        rows: Any = range(len(sources))  # any sequence is a Dataset
+        copy = functools.partial(_copy, sources, targets, folder, sample_rate)
+        # the global generator would be advanced, and training would draw other numbers than without a preparation
+        own = torch.Generator()
+        loader = DataLoader(rows, None, num_workers=n_workers, collate_fn=copy, prefetch_factor=CLIPS_AHEAD, generator=own)
         for row, (seconds, error) in enumerate(tqdm(loader, desc=f"Copies in {folder}", unit=" clips", disable=None)):
             durations[row] = seconds
             if isinstance(error, AudioError):
@@ -125,75 +76,29 @@ def resample_clips(sources, targets, folder, sample_rate=16000, n_workers=None):
     return durations, errors
 
 
-class _Copies:
-    """What a worker process does: item `i` is (seconds, None), or (NaN, the error), after the copy was made."""
-
-    def __init__(self, sources, targets, folder, sample_rate):
-        self.sources, self.targets, self.folder, self.sample_rate = sources, targets, folder, sample_rate
-
-    def __len__(self):
-        return len(self.sources)
-
-    def __getitem__(self, row):
-        target = os.path.join(self.folder, self.targets[row].as_py())
-        try:
-            return resample_clip(self.sources[row].as_py(), target, self.sample_rate), None
-        except InputError as error:
-            # an exception that crosses from a worker arrives as a traceback
-            return math.nan, error
-
-
-def resample_clip(source, target, sample_rate=16000):
-    """Writes the copy of a clip, unless it is there; see `resample_clips`.
-
-    Samples beyond full scale, which resampling can make, are clipped.
-
-    Arguments
-    ---------
-    source, target : str
-        The files; the target's ending is `.flac` or `.wav`.
-    sample_rate : int
-        In Hz.
-
-    Returns
-    -------
-    float
-        Seconds of the copy.
-
-    Raises
-    ------
-    AudioError
-        The source cannot be read.
-    InputError
-        The copy cannot be written.
-
-    Example
-    -------
-    >>> source, target = (str(getfixture("tmp_path") / name) for name in ("a.wav", "a.flac"))
-    >>> soundfile.write(source, np.zeros(22050), 44100)
-    >>> resample_clip(source, target)
-    0.5
-    """
-    seconds = _seconds_if_current(source, target, sample_rate)
-    if seconds is None:
-        wave = read_audio(source, sample_rate)
-        samples = (wave * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16)
-        # libsndfile does not tell of a full disk what Python does
-        encoded = io.BytesIO()
-        kind = FORMATS[os.path.splitext(target)[1]]
-        soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", **kind)
-        with atomic_write(target) as temporary:
-            temporary.write_bytes(encoded.getvalue())
-        seconds = len(samples) / sample_rate
-    return seconds
-
-
-def _seconds_if_current(source, target, sample_rate):
-    """Of a copy that is there, has this sample rate and is not older than its source; otherwise None."""
+def _copy(sources: pa.Array, targets: pa.Array, folder: str | Path, sample_rate: int, row: int) -> tuple[float, InputError | None]:
+    """What a worker process does with a clip: makes its copy, and returns (seconds, None), or (NaN, the error)."""
     try:
-        if os.path.exists(source) and os.stat(source).st_mtime > os.stat(target).st_mtime:
-            return None
-        info = soundfile.info(target)
-    except (OSError, soundfile.SoundFileError):
-        return None
-    return info.duration if info.samplerate == sample_rate and info.frames else None
+        return resample_clip(sources[row].as_py(), os.path.join(folder, targets[row].as_py()), sample_rate), None
+    except InputError as error:
+        # an exception that crosses from a worker arrives as a traceback
+        return math.nan, error
+
+
+def resample_clip(source: str, target: str, sample_rate: int = 16000) -> float:
+    """Writes the copy of one clip, unless it is there (see `resample_clips`), and returns the copy's seconds."""
+    # kept if it is whole, has this sample rate, and is not older than its source, or that is gone
+    with contextlib.suppress(OSError, soundfile.SoundFileError):
+        if not os.path.exists(source) or os.stat(source).st_mtime <= os.stat(target).st_mtime:
+            info = soundfile.info(target)
+            if info.samplerate == sample_rate and info.frames:
+                return info.duration
+    # resampling can make samples beyond full scale
+    samples = (read_audio(source, sample_rate) * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).to(torch.int16)
+    # encoded in memory: libsndfile does not tell of a full disk what Python does
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", **FORMATS[os.path.splitext(target)[1]])
+    # what a killed process left unfinished, `tmp+...`, is replaced here when its clip is made again
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(encoded.getvalue())
+    return len(samples) / sample_rate

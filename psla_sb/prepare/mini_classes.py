@@ -2,7 +2,7 @@
 
 # AudioSet's classes, in the order of its class list: mid, display name, parents. Identifiers, names and relations are
 # AudioSet's; classes outside this excerpt are left out.
-CLASSES = (
+CLASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("/m/01jg02", "Heart sounds, heartbeat", ("Human sounds",)),
     ("/m/015p6", "Bird", ()),
     ("/m/020bb7", "Bird vocalization, bird call, bird song", ("Bird",)),
@@ -44,7 +44,7 @@ CLASSES = (
     ("/m/0cj0r", "Pink noise", ("Noise",)),
 )
 # Entries of the ontology that are no classes: mid, name, parents, restrictions.
-CATEGORIES = (
+CATEGORIES: tuple[tuple[str, str, tuple[str, ...], list[str]], ...] = (
     ("/m/0dgw9r", "Human sounds", (), ["abstract"]),
     ("/m/059j3w", "Natural sounds", (), ["blacklist"]),
     ("/t/dd00041", "Sounds of things", (), ["blacklist"]),

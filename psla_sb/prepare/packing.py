@@ -1,5 +1,6 @@
 """Puts the clips of an annotation into packs (see `psla_sb.dataio.packs`); it can be killed at any moment and started again."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -8,7 +9,9 @@ import re
 import stat
 import tarfile
 import threading
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,65 +32,36 @@ MISSING, UNREADABLE = -1, -2
 REASONS = {MISSING: "no such file", UNREADABLE: "not a regular file, or must not be read"}
 
 
-def pack(annotation, out, data_root=None, shard_size=10**9, n_workers=8, leave_out=False):
-    """Packs the clips of an annotation.
+def pack(
+    annotation: str | Path,
+    out: str | Path,
+    data_root: str | Path | None = None,
+    shard_size: int = 10**9,
+    n_workers: int = 8,
+    leave_out: bool = False,
+) -> Path:
+    """Packs the clips of an annotation, and returns the annotation of the packed clips, whose `{data_root}` is `out`.
 
-    Clips are shared out in the annotation's order, by their size, so the same clips give the same files. Each file appears whole or
-    not at all. Called again after an interruption, it keeps packs that are whole: those whose index lists the IDs and sizes that
-    they should have, that are as long as it says, and that are younger than the files of their clips.
-
-    Arguments
-    ---------
-    annotation : str or Path
-        See `Manifest.from_file`. Nothing is decoded: any file can be a clip.
-    out : str or Path
-        The folder to write to. Of several processes with the same folder one works and the others wait.
-    data_root : str or Path, optional
-        What `{data_root}` in the annotation's paths stands for.
-    shard_size : int
-        Bytes of a pack at most, tar's end of up to 10 kB not counted; a larger clip has a pack of its own.
-    n_workers : int
-        Files that are read at a time.
-    leave_out : bool
-        Whether clips whose file cannot be read are left out, and listed in `<annotation>_left_out.csv`.
-
-    Returns
-    -------
-    Path
-        The annotation of the packed clips, whose `{data_root}` is `out`.
-
-    Raises
-    ------
-    InputError
-        The annotation or a file of a clip cannot be read; other clips are packed in `out` under this name; the disk is full.
-    ValueError
-        `shard_size` or `n_workers` is below 1.
-
-    Example
-    -------
-    >>> folder = getfixture("tmp_path")
-    >>> _ = (folder / "a.wav").write_bytes(b"sound")
-    >>> Manifest.from_columns(["a"], [str(folder / "a.wav")], [1.0], ["x"]).to_csv(folder / "train.csv")
-    >>> packed = pack(folder / "train.csv", folder / "packs")
-    >>> Manifest.from_csv(packed)[0]["wav"]
-    '{data_root}/train-00000.tar/512+5'
+    Clips are shared out in the annotation's order, by their size, so the same clips give the same files; nothing is decoded.
+    Packs have at most `shard_size` bytes, tar's end of up to 10 kB not counted, but for a larger clip, which has one of its own.
+    With `leave_out`, clips whose file cannot be read are left out and listed; otherwise they raise `InputError`.
+    Called again after an interruption, it keeps packs that are whole (see `is_whole`).
     """
     if min(shard_size, n_workers) < 1:
         raise ValueError(f"shard_size and n_workers must be 1 or more, not {shard_size} and {n_workers}")
-    manifest, out, name = Manifest.from_file(annotation, data_root), Path(out), Path(annotation).stem
-    packed = out / f"{name}.csv"
+    manifest = Manifest.from_file(annotation, data_root)
+    packed = Path(out, f"{Path(annotation).stem}.csv")
     if packed.exists() and packed.samefile(annotation):
         raise InputError(f"{annotation}: the packed annotation would take its place. Pack into another folder")
     with one_process(out):
-        return _pack(manifest, annotation, packed, shard_size, n_workers, leave_out)
+        return _pack(manifest, packed, shard_size, n_workers, leave_out)
 
 
-def _pack(manifest, annotation, packed, shard_size, n_workers, leave_out):
-    out, name = packed.parent, packed.stem
-    paths = manifest.paths()
+def _pack(manifest: Manifest, packed: Path, shard_size: int, n_workers: int, leave_out: bool) -> Path:
+    out, name, paths = packed.parent, packed.stem, manifest.paths()
     for placeholder in ROOTS:
         if pc.any(pc.starts_with(paths, placeholder)).as_py():
-            raise InputError(f"{annotation}: its paths begin with {placeholder}: say which folder that is (--data-folder)")
+            raise InputError(f"{manifest.source}: its paths begin with {placeholder}: say which folder that is (--data-folder)")
     sizes, changed = _look(paths, n_workers)
     usable = sizes >= 0
     if not usable.all():
@@ -99,47 +73,40 @@ def _pack(manifest, annotation, packed, shard_size, n_workers, leave_out):
         if not ours or not there["ID"].equals(table["ID"]):
             raise InputError(f"{packed}: is there already, and is of other clips. Choose another folder, or delete this file")
     if leave_out:
-        bad = np.flatnonzero(sizes < 0).tolist()
+        bad = np.flatnonzero(~usable).tolist()
         list_left_out(packed, ((manifest.table["ID"][row], REASONS[sizes[row]], paths[row]) for row in bad))
-    paths, sizes, changed = paths.filter(pa.array(usable)), sizes[usable], changed[usable]
-    bounds = shard_bounds(sizes, shard_size)
-    shards = [out / f"{name}-{number:05}.tar" for number in range(len(bounds) - 1)]
+    ids, paths, sizes, changed = table["ID"].combine_chunks(), paths.filter(pa.array(usable)), sizes[usable], changed[usable]
+    bounds = itertools.pairwise(shard_bounds(sizes, shard_size))
+    shards = {out / f"{name}-{number:05}.tar": slice(*rows) for number, rows in enumerate(bounds)}
     for shard in shards:
         # an index is there before its pack
         if shard.exists() and not index_of(shard).exists():
             raise InputError(f"{shard}: is there already, without its index. Choose another folder, or delete this file")
     _sweep(out, name, shards)
-    ids, slices = table["ID"].combine_chunks(), [slice(*pair) for pair in itertools.pairwise(bounds)]
-    unwritten = [
-        (shard, rows)
-        for shard, rows in zip(shards, slices, strict=True)
-        if not is_whole(shard, ids[rows], sizes[rows], changed[rows].max())
-    ]
+    unwritten = {shard: rows for shard, rows in shards.items() if not is_whole(shard, ids[rows], sizes[rows], changed[rows].max())}
     if unwritten:
         packed.unlink(missing_ok=True)
     stop = threading.Event()
     with tqdm(total=sizes.sum(), desc=packed.name, unit="B", unit_scale=True, disable=None) as bar:
-        bar.update(sizes.sum() - sum(sizes[rows].sum() for _, rows in unwritten))
-        jobs = ((shard, ids[rows], paths[rows], sizes[rows], stop, bar) for shard, rows in unwritten)
+        bar.update(sizes.sum() - sum(sizes[rows].sum() for rows in unwritten.values()))
+        jobs = ((shard, ids[rows], paths[rows], sizes[rows], stop, bar) for shard, rows in unwritten.items())
         for _ in in_threads(_write, jobs, n_workers, stop):
             pass
-    wavs = [_places(shard) for shard in shards]
-    Manifest(table.set_column(table.column_names.index("wav"), "wav", pa.chunked_array(wavs))).to_csv(packed)
+    wavs = pa.chunked_array(map(_places, shards))
+    Manifest(table.set_column(table.column_names.index("wav"), "wav", wavs)).to_csv(packed)
     return packed
 
 
-def _look(paths, n_workers):
+def _look(paths: pa.Array, n_workers: int) -> tuple[np.ndarray, np.ndarray]:
     """Of each file, its size in bytes (or why it has none), and when it was changed, in ns since 1970: `[clips]`, int64."""
     sizes, changed = np.full(len(paths), MISSING), np.zeros(len(paths), np.int64)
 
     def look(start):
         for row, path in enumerate(paths[start : start + FILES_AT_ONCE].to_pylist(), start):
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 status = os.stat(path)
-            except (OSError, ValueError):
-                continue
-            readable = stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK)
-            sizes[row], changed[row] = status.st_size if readable else UNREADABLE, status.st_mtime_ns
+                readable = stat.S_ISREG(status.st_mode) and os.access(path, os.R_OK)
+                sizes[row], changed[row] = status.st_size if readable else UNREADABLE, status.st_mtime_ns
         return min(FILES_AT_ONCE, len(paths) - start)
 
     with tqdm(total=len(paths), desc="Looking for the clips", unit=" clips", disable=None) as bar:
@@ -148,7 +115,7 @@ def _look(paths, n_workers):
     return sizes, changed
 
 
-def _refuse(manifest, paths, sizes, leave_out):
+def _refuse(manifest: Manifest, paths: pa.Array, sizes: np.ndarray, leave_out: bool) -> None:
     """Raises an error if the clips that cannot be packed must not be left out, or are no files."""
     bad = np.flatnonzero(sizes < 0)
     if pc.any(pc.match_substring_regex(paths.take(bad), f"^{PLACE}$")).as_py():
@@ -156,32 +123,13 @@ def _refuse(manifest, paths, sizes, leave_out):
     if leave_out and len(bad) < len(sizes):
         return
     row = int(bad[0])
-    raise InputError(
-        f"{manifest.source}: {len(bad)} of the {len(sizes)} clips cannot be packed, first '{manifest.table['ID'][row]}': "
-        f"{paths[row]}: {REASONS[sizes[row]]}. Mend the annotation, or leave such clips out (--leave-out)"
-    )
+    said = f"{len(bad)} of the {len(sizes)} clips cannot be packed, first '{manifest.table['ID'][row]}': {paths[row]}"
+    remedy = "Mend the annotation, or leave such clips out (--leave-out)"
+    raise InputError(f"{manifest.source}: {said}: {REASONS[sizes[row]]}. {remedy}")
 
 
-def shard_bounds(sizes, shard_size):
-    """Where one pack ends and the next begins.
-
-    Arguments
-    ---------
-    sizes : np.ndarray
-        `[clips]`, in bytes.
-    shard_size : int
-        Bytes of a pack at most, with tar's headers.
-
-    Returns
-    -------
-    list of int
-        `[packs + 1]`, row numbers from 0 to the number of clips.
-
-    Example
-    -------
-    >>> shard_bounds(np.array([1000, 1000, 5000, 10]), shard_size=4000)
-    [0, 2, 3, 4]
-    """
+def shard_bounds(sizes: np.ndarray, shard_size: int) -> list[int]:
+    """Finds where packs of clips of these sizes, in bytes and with tar's headers, begin and end: rows `[packs + 1]`."""
     ends = np.cumsum(tarfile.BLOCKSIZE + padded(sizes))
     bounds = [0]
     while bounds[-1] < len(sizes):
@@ -190,53 +138,26 @@ def shard_bounds(sizes, shard_size):
     return bounds
 
 
-def padded(size, to=tarfile.BLOCKSIZE):
-    """Bytes that a file, or a whole tar file, takes up in blocks.
-
-    Example
-    -------
-    >>> padded(513)
-    1024
-    """
+def padded(size: Any, to: int = tarfile.BLOCKSIZE) -> Any:
+    """Rounds the bytes of a file, or of a whole tar file, up to whole blocks: a number, or an array of them."""
     return -(-size // to) * to
 
 
-def _sweep(out, name, shards):
+def _sweep(out: Path, name: str, shards: Iterable[Path]) -> None:
     """Removes what a killed packing has left unfinished, and packs of one with another size."""
     ours = re.compile(rf"({re.escape(UNFINISHED)})?{re.escape(name)}(-[0-9]{{5,}}(\.tar|\.index\.csv)|(_left_out)?\.csv)")
     used = {index_of(shard).name for shard in shards}
-    for file in list(out.iterdir()):
-        if ours.fullmatch(file.name):
-            if file.name.startswith(UNFINISHED):
-                file.unlink()
-            elif file.name.endswith(INDEX_ENDING) and file.name not in used:
-                file.with_name(file.name.removesuffix(INDEX_ENDING) + ".tar").unlink(missing_ok=True)
-                file.unlink()
+    for file in [file for file in out.iterdir() if ours.fullmatch(file.name)]:
+        if file.name.startswith(UNFINISHED):
+            file.unlink()
+        elif file.name.endswith(INDEX_ENDING) and file.name not in used:
+            # the index last: a pack without one is taken for somebody else's, and refused
+            file.with_name(file.name.removesuffix(INDEX_ENDING) + ".tar").unlink(missing_ok=True)
+            file.unlink()
 
 
-def is_whole(shard, ids, sizes, changed):
-    """Whether a pack is there and has what it should have.
-
-    Arguments
-    ---------
-    shard : Path
-        The tar file.
-    ids : pyarrow.Array
-        IDs of its clips, in their order.
-    sizes : np.ndarray
-        `[clips]`, their sizes in bytes.
-    changed : int
-        When the last of their files was changed, in ns since 1970.
-
-    Returns
-    -------
-    bool
-
-    Example
-    -------
-    >>> is_whole(Path("nowhere-00000.tar"), pa.array(["a"]), np.array([100]), changed=0)
-    False
-    """
+def is_whole(shard: Path, ids: pa.Array, sizes: np.ndarray, changed: int) -> bool:
+    """Tells whether a pack is there, has these clips and is younger than their files, the last changed `changed` ns after 1970."""
     try:
         index, length, written = read_index(shard), shard.stat().st_size, index_of(shard).stat().st_mtime_ns
     except (InputError, OSError):
@@ -244,13 +165,14 @@ def is_whole(shard, ids, sizes, changed):
     return (
         index["ID"].combine_chunks().equals(ids)
         and np.array_equal(index["size"], sizes)
+        # the last clip, and tar's end: two empty blocks, and what fills the last record
         and length == padded(index["offset"][-1].as_py() + padded(int(sizes[-1])) + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
         and changed < written
     )
 
 
-def _write(shard, ids, paths, sizes, stop, bar):
-    """A pack and its index; neither, if `stop` is set meanwhile."""
+def _write(shard: Path, ids: pa.Array, paths: pa.Array, sizes: np.ndarray, stop: threading.Event, bar: tqdm) -> None:
+    """Writes a pack and its index; neither, if `stop` is set meanwhile."""
     rows = []
     shard.unlink(missing_ok=True)
     index_of(shard).unlink(missing_ok=True)
@@ -266,12 +188,11 @@ def _write(shard, ids, paths, sizes, stop, bar):
                 tar.addfile(member, io.BytesIO(data))
                 rows.append((clip, member.name, file.tell() - padded(size), size, hashlib.sha256(data).hexdigest()))
                 bar.update(size)
-        columns = zip(INDEX.items(), zip(*rows, strict=True), strict=True)
         with atomic_write(index_of(shard)) as index:
-            pyarrow.csv.write_csv(pa.table({name: pa.array(values, kind) for (name, kind), values in columns}), index)
+            pyarrow.csv.write_csv(pa.table(list(zip(*rows, strict=True)), schema=pa.schema(INDEX)), index)
 
 
-def _bytes_of(clip, path, size):
+def _bytes_of(clip: str, path: str, size: int) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -281,19 +202,13 @@ def _bytes_of(clip, path, size):
     return data
 
 
-def member_name(clip, path):
-    """What a clip is called in its pack: its ID, in which what cannot be in a file's name is written like `%2F`, and its ending.
-
-    Example
-    -------
-    >>> member_name("AC/DC", "/d/music.flac")
-    'AC%2FDC.flac'
-    """
+def member_name(clip: str, path: str | Path) -> str:
+    """Names a clip in its pack: by its ID, in which what cannot be in a file's name is written like `%2F`, and its ending."""
     return re.sub(r"[\x00-\x1f\x7f%/]|^\.", lambda character: f"%{ord(character[0]):02X}", clip + Path(path).suffix)
 
 
-def _places(shard):
+def _places(shard: Path) -> pa.Array:
     """What the annotation has in its column `wav` for the clips of a pack."""
     index = read_index(shard)
     offsets, sizes = (index[name].combine_chunks().cast(pa.string()) for name in ("offset", "size"))
-    return pc.binary_join_element_wise(f"{{data_root}}/{shard.name}/", pc.binary_join_element_wise(offsets, sizes, "+"), "")
+    return pc.binary_join_element_wise(f"{{data_root}}/{shard.name}/", offsets, "+", sizes, "")

@@ -135,11 +135,7 @@ def test_annotations_are_those_of_a_slow_obvious_reading(ending, generated, tmp_
 def test_rows_as_published(published, tmp_path):
     found = prepare(published, tmp_path)
     labels = {name: {clip["id"]: clip["labels"] for clip in found[name]} for name in SETS}
-    assert labels["train"] == {
-        "57791": ["/m/0ch8v", "/m/0jbk"],
-        "64760": ["/m/03qtq"],
-        "00123": ["/m/07q2z82", "/m/012f08"],
-    }
+    assert labels["train"] == {"57791": ["/m/0ch8v", "/m/0jbk"], "64760": ["/m/03qtq"], "00123": ["/m/07q2z82", "/m/012f08"]}
     assert labels["valid"] == {"362959": ["/m/0ch8v", "/m/0jbk"]}
     assert labels["eval"] == {"37199": ["/m/0jbk"], "1e5": ["/m/03qtq", "/m/0jbk"]}
     assert Manifest.from_csv(tmp_path / "valid.csv")[0]["wav"] == "{data_root}/audio_16k/dev/362959.flac"

@@ -14,9 +14,9 @@ import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from psla_sb.checkpoints.sources import open_source
-from psla_sb.cli.demo.demo.demo import demo
-from psla_sb.cli.export.export.export import export
-from psla_sb.cli.tag.tag.tag import tag
+from psla_sb.cli.demo import demo
+from psla_sb.cli.export import export
+from psla_sb.cli.tag import tag
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.demo import listen
@@ -307,7 +307,7 @@ louder: !new:other_parts.Louder {gain: 0.5}
     text = file.read_text().replace("waveform_augment:", f"{more.strip()}\nwaveform_augment:")
     file.write_text(text)
     (file.parent / "other_brain.py").write_text(
-        "from psla_sb.brain import TaggingBrain\n\n\n"
+        "from psla_sb.experiment.brain import TaggingBrain\n\n\n"
         "class CountingBrain(TaggingBrain):\n"
         "    def on_stage_end(self, stage, stage_loss, epoch=None):\n"
         "        print('counted', stage.name, epoch)\n"

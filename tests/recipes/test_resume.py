@@ -31,7 +31,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_exact(whole, settings, tmp_path
         "a step": ("psla_sb.experiment.brain:TaggingBrain.fit_batch", 6),
         "a save": ("torch:save", 2),
         "validation": ("psla_sb.experiment.brain:TaggingBrain.evaluate_batch", 2),
-        "the end of epoch 2": ("psla_sb.checkpoints.run_folder:write_results", 2),
+        "the end of epoch 2": ("psla_sb.experiment.brain:write_results", 2),
         "scoring": ("psla_sb.aggregation.scoring:flush", 1),
         "export": ("psla_sb.checkpoints.tagger_folder:write_tensors", 2),
     }
