@@ -8,16 +8,11 @@ from typing import Any
 import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from psla_sb.checkpoints.definitions import definitions_text, plain_definitions, read_definitions
+from psla_sb.checkpoints.definitions import definitions_text, plain_definitions
 from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
 from psla_sb.files import atomic_write
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
-
-
-def export_tagger(folder: str | Path, hparams_file: str | Path, modules: Mapping[str, Any], vocabulary: Vocabulary) -> None:
-    """Writes a tagger whose four modules and `sample_rate` a YAML file defines; see `write_tagger`."""
-    write_tagger(folder, read_definitions(hparams_file), modules, vocabulary)
 
 
 def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Mapping[str, Any], vocabulary: Vocabulary) -> None:

@@ -50,6 +50,12 @@ def put_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     module.load_state_dict(state)
 
 
+def move_statistics(module: nn.Module, device: str | torch.device) -> None:
+    """Moves the statistics of SpeechBrain's normalisations, which stay behind where a module that contains them is moved."""
+    for _, part in _normalisers(module):
+        part.to(device)
+
+
 def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
     """The buffers that are in a module's state dict, such as the statistics of its batch normalisations."""
     return [

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, write_results, write_scores
-from psla_sb.checkpoints.weights import persistent_buffers, remember_statistics, save_weights, trained_modules
+from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, remember_statistics, save_weights, trained_modules
 from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError, Interrupted
@@ -251,6 +251,11 @@ class TaggingBrain(sb.Brain):
     def on_fit_start(self) -> None:
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
         super().on_fit_start()
+        move_statistics(self.modules, self.device)
+        augmentations = [*getattr(self.hparams, "waveform_augment", []), getattr(self.hparams, "spec_augment", None)]
+        for part in (*augmentations, self.loss):
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device)
         # what a killed run wrote of an epoch that it did not finish is written again
         self.epochs = read_results(self.hparams.output_folder).get("epochs", [])[: self.hparams.epoch_counter.current]
         self.mean_scores: MeanScores | None = None

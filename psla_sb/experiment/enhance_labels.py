@@ -6,6 +6,7 @@ What it writes is in `--help`; the rules are in `psla_sb.labels.enhancement`, th
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,13 @@ def main(recipe: str, arguments: list[str] | None = None, read_labels: Callable[
     add("--ontology", metavar="FILE", help="default: ontology.json in data_folder")
     add("--labels", metavar="FILE", help="class list of a .pth teacher (default: the recipe's)")
     add("--clean", metavar="FILE", help="true labels of the training clips, if known: says how many errors were mended")
+    trust = "a module whose classes the teacher may be made of; repeatable"
+    add("--trust", metavar="MODULE", action="append", default=[], help=trust)
     add("--audit", action="store_true", help="only count which labels lack parents or children")
     options, rest = parser.parse_known_args(arguments)
     if not options.teacher and not options.audit:
         parser.error("needs --teacher, or --audit")
+    rest += [f"--trust={module}" for module in options.trust]
     launch.main(recipe, functools.partial(run, options, read_labels), rest)
 
 
@@ -89,13 +93,10 @@ def threshold_kind(text: str) -> str | float:
     """
     if text in ("mean", "median"):
         return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"'{text}' is not mean, median or a percentile from 0 to 100")
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) <= 100:
+            return value
+    raise argparse.ArgumentTypeError(f"'{text}' is not mean, median or a percentile from 0 to 100")
 
 
 def run(

@@ -90,7 +90,10 @@ class CommandLine(RunOptions):
             if action.dest == "optimizer_step_limit":
                 # SpeechBrain leaves it a string, which no step number is equal to or above
                 action.type = int
-        parser.description = "Trains a tagger as a YAML file says, and evaluates it. --KEY=VALUE overrides any key of the file."
+        parser.description = (
+            "Does what a YAML file says. --KEY=VALUE overrides any key of the file. --trust MODULE, which can be repeated, names a "
+            "module whose classes a model that is loaded may be made of."
+        )
         return parser
 
     @staticmethod

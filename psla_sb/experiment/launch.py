@@ -63,9 +63,9 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         if error.errno not in DISK_FULL:
             raise
         file = error.filename2 or error.filename or "a file of the output folder"
+        reason = f"{file}: cannot be written ({error.strerror})"
         print(
-            f"error: {file}: cannot be written ({error.strerror}). All that was saved before is as it was: make room, and the same "
-            "command goes on from it.",
+            f"error: {reason}. All that was saved before is as it was: make room, and the same command goes on from it.",
             file=sys.stderr,
         )
         sys.exit(EXIT_BAD_INPUT)

@@ -11,6 +11,7 @@ from speechbrain.inference.interfaces import Pretrained
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from psla_sb.checkpoints.weights import move_statistics
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.windows import overlapped, windows
 from psla_sb.errors import InputError
@@ -36,11 +37,17 @@ class SoundEncoder(Pretrained):
 
     MODULES_NEEDED: tuple[str, ...] = ("compute_features", "mean_var_norm", "embedding_model")
     HPARAMS_NEEDED: tuple[str, ...] = ("sample_rate",)
+    device: str
     _folded: tuple[Any, Any] = (None, None)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        move_statistics(self.mods, self.device)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         moved = super()._apply(*args, **kwargs)
-        self.device = str(next(self.mods.parameters()).device)
+        self.device = str(next((parameter.device for parameter in self.mods.parameters()), self.device))
+        move_statistics(self.mods, self.device)
         return moved
 
     @property
