@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import ruamel.yaml
 import soundfile
 import torch
 from safetensors.torch import save_file
@@ -53,6 +54,86 @@ def test_what_a_known_part_has_imported_is_not_a_known_part(name, tagger_folder)
     file.write_text(file.read_text() + f"evil: !new:psla_sb.lobes.efficientnet.{name} []\n")
     with pytest.raises(InputError, match="not a part of psla_sb"):
         AudioTagger.from_folder(tagger_folder)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "(!!python/object/apply:os.mkdir ['{ran}'])",
+        "'(!!python/object/apply:os.mkdir [''{ran}''])'",
+        "!tuple \"(!!python/object/apply:os.mkdir ['{ran}'])\"",
+        "!ref (<sample_rate>, !!python/object/apply:os.mkdir ['{ran}'])",
+        "!applyref:os.mkdir ['{ran}']",
+        "!<!apply:os.mkdir> ['{ran}']",
+        "!!python/object/apply:os.mkdir ['{ran}']",
+        "!include:{evil}",
+        "!module:antigravity",
+    ],
+)
+@pytest.mark.parametrize("where", ["mean: -4.6476", "sample_rate: 16000"])
+@pytest.mark.parametrize("of", ["tagger", "run"])
+def test_no_kind_of_value_runs_code(value, where, of, tiny_run, tmp_path):
+    ran, evil, folder = tmp_path / "ran", tmp_path / "evil.yaml", tmp_path / "copy"
+    evil.write_text(f"!!python/object/apply:os.mkdir ['{ran}']\n")
+    source = tiny_run[0] / "tagger" if of == "tagger" else tiny_run[0]
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("save", "plots", "predictions"))
+    file, key = folder / "hyperparams.yaml", where.partition(":")[0]
+    text = file.read_text()
+    assert where in text
+    file.write_text(text.replace(where, f"{key}: {value.format(ran=ran, evil=evil)}", 1))
+    with pytest.raises(InputError, match="copy"):
+        AudioTagger.from_any(folder)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("attribute", ["__class__", "forward", "filters"])
+def test_a_reference_gives_numbers_and_texts_alone(attribute, tagger_folder):
+    file = tagger_folder / "hyperparams.yaml"
+    file.write_text(file.read_text().replace("mean: -4.6476", f"mean: !ref <compute_features.{attribute}>", 1))
+    with pytest.raises(InputError, match="no number or text"):
+        AudioTagger.from_folder(tagger_folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for key in ("embedding_model", "classifier", "compute_features") for value in ("null", "5", "{}", "[a]")]
+    + [("sample_rate", value) for value in ("null", "abc", "16000.5", "-1", "[1]", "true")],
+)
+def test_what_is_no_tagger_is_refused(key, value, tagger_folder):
+    yaml = ruamel.yaml.YAML()
+    settings = yaml.load(tagger_folder / "hyperparams.yaml")
+    settings[key] = yaml.load(value)
+    yaml.dump(settings, tagger_folder / "hyperparams.yaml")
+    with pytest.raises(InputError, match=key):
+        AudioTagger.from_folder(tagger_folder)
+
+
+def test_packages_announce_themselves_only_if_installed(tagger_folder, tmp_path, monkeypatch):
+    here, information = tmp_path / "here", tmp_path / "here" / "evil-1.0.dist-info"
+    information.mkdir(parents=True)
+    (here / "evil_lobes.py").write_text("class Evil:\n    pass\n\n\nopen('ran', 'w').close()\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text("[psla_sb.lobes]\nevil = evil_lobes\n")
+    monkeypatch.chdir(here)
+    monkeypatch.syspath_prepend(str(here))
+    file = tagger_folder / "hyperparams.yaml"
+    file.write_text(file.read_text().replace("mean: -4.6476", "mean: !new:evil_lobes.Evil {}", 1))
+    with pytest.raises(InputError, match="--trust evil_lobes"):
+        AudioTagger.from_folder(tagger_folder)
+    assert not (here / "ran").exists()
+    monkeypatch.setenv("PYTHONPATH", str(here))
+    AudioTagger.from_folder(tagger_folder)
+    assert (here / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["def (:\n", "undefined\n", "import no_such_module\n"])
+def test_a_trusted_module_that_does_not_import_is_an_error(text, tagger_folder, tmp_path, monkeypatch):
+    (tmp_path / f"broken_{abs(hash(text))}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    name, file = f"broken_{abs(hash(text))}", tagger_folder / "hyperparams.yaml"
+    file.write_text(file.read_text().replace("mean: -4.6476", f"mean: !new:{name}.X {{}}", 1))
+    with pytest.raises(InputError, match=f"the trusted module '{name}' cannot be imported"):
+        AudioTagger.from_folder(tagger_folder, trust=[name])
 
 
 def test_run_snapshot_and_folder_are_the_same_tagger(tiny_run, mini_data):

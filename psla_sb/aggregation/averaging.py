@@ -91,7 +91,7 @@ class _TrainingNorms(nn.Module):
         return chain.call(self.network, *feats_and_lens)
 
 
-def update_batch_norm(modules: Mapping[str, nn.Module], loader: Iterable[Any]) -> None:
+def update_batch_norm(modules: Mapping[str, nn.Module], loader: Iterable[Any], n_samples: int | None = None) -> None:
     """Estimates an encoder's batch-norm statistics anew, as averaged weights may need.
 
     Theirs are those of no model that was trained (Izmailov et al., "Averaging weights leads to wider optima and better
@@ -103,7 +103,8 @@ def update_batch_norm(modules: Mapping[str, nn.Module], loader: Iterable[Any]) -
     def features() -> Iterator[list]:
         for batch in loader:
             check_audio(batch)
+            wavs, lens = (x.to(device) for x in batch.sig)
             # `update_bn` gives a network the first element of a list
-            yield [chain.features(modules, *(x.to(device) for x in batch.sig))]
+            yield [chain.features(modules, wavs, lens, n_samples=n_samples)]
 
     update_bn(features(), _TrainingNorms(encoder).eval())

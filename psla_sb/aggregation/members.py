@@ -1,5 +1,6 @@
 """Which trained models an ensemble is made of, and the ensemble as the folder of one tagger."""
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
 
+# arguments of encoders that change nothing once the weights are there
+TRAINING_ONLY = ("pretrained", "stem", "norm_momentum", "drop_connect")
 MEMBERS = ("checkpoints", "last", "average", "best")
 
 
@@ -93,8 +96,18 @@ def why_no_average(sources: Sequence[Source], taggers: Mapping[str, AudioTagger]
     used = [taggers[text] for text in {definitions_text(source.definitions) for source in sources}]
     if len({front_end(tagger) for tagger in used}) > 1:
         return "members have different front ends"
-    layouts = [{key: tuple(value.shape) for key, value in tagger.mods.state_dict().items()} for tagger in used]
-    return None if all(layout == layouts[0] for layout in layouts) else "members are of different architectures"
+    alike = {_architecture(source, taggers[definitions_text(source.definitions)]) for source in sources}
+    return None if len(alike) == 1 else "members are of different architectures"
+
+
+def _architecture(source: Source, tagger: AudioTagger) -> str:
+    """What encoder and pooling compute with their weights, as text: their definitions without what matters in training alone."""
+    plain = plain_definitions(source.definitions, {**vars(tagger.hparams), **tagger.mods})
+    parts = {name: copy.deepcopy(plain[name]) for name in ("embedding_model", "classifier")}
+    for part in parts.values():
+        for key in TRAINING_ONLY if isinstance(part, dict) else ():
+            part.pop(key, None)
+    return definitions_text(parts)
 
 
 def export_ensemble(folder: str | Path, sources: Sequence[Source], vocabulary: Vocabulary) -> None:
@@ -127,6 +140,8 @@ def export_ensemble(folder: str | Path, sources: Sequence[Source], vocabulary: V
     )
     for name in ("embedding_model", "classifier"):
         ensemble[name]["members"] = [part[name] for part in parts]
+        # in the other style, what has a tag and one argument would be written without its braces
+        ensemble[name].fa.set_block_style()
     ensemble["classifier"]["weights"] = weights
     modules = {
         "embedding_model": EnsembleEncoder([modules["embedding_model"] for modules in built]),

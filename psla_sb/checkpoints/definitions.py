@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ruamel.yaml
-from hyperpyyaml import load_hyperpyyaml
+from hyperpyyaml import load_hyperpyyaml, resolve_references
 from ruamel.yaml.comments import CommentedMap
 
 from psla_sb.checkpoints.trust import check_trusted
@@ -37,7 +37,7 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
     try:
         run = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
         definitions = {name: run[name] for name in ("sample_rate", *MODULES)}
-    except (OSError, UnicodeDecodeError, ruamel.yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, ruamel.yaml.YAMLError) as error:
         raise InputError(f"{file}: cannot be read as a YAML file: {error}") from None
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: does not define a tagger: it lacks {error}") from None
@@ -47,6 +47,8 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
     for node in _nodes(definitions):
         if isinstance(node, dict) and node.get("pretrained") is not None:
             node["pretrained"] = None
+        elif isinstance(node, list) and str(_tag(node)).endswith(".EfficientNetEncoder") and len(node) > 1:
+            node[1] = None
         if hasattr(node, "ca"):
             # comments stay with the line before them, and would be those of something else
             node.ca.comment = None
@@ -87,6 +89,14 @@ def tags_of(text: str) -> set[str]:
     return {str(event.tag) for event in ruamel.yaml.YAML().parse(text) if getattr(event, "tag", None)}
 
 
+def check_tuples(text: str, source: str | Path) -> None:
+    """Refuses tags inside of texts in parentheses: HyperPyYAML reads these as YAML of its own, with a loader that runs code."""
+    for event in ruamel.yaml.YAML().parse(text):
+        value = getattr(event, "value", None)
+        if isinstance(value, str) and "!" in value and (value.lstrip().startswith("(") or str(event.tag) == "!tuple"):
+            raise InputError(f"{source}: the tuple {value[:100]!r} has a tag in it, which could run code")
+
+
 def build(definitions: Mapping[str, Any], source: str | Path, trust: Sequence[str] = ()) -> dict[str, Any]:
     """Builds what definitions describe, if all of it is trusted.
 
@@ -101,8 +111,19 @@ def build(definitions: Mapping[str, Any], source: str | Path, trust: Sequence[st
     >>> build(yaml.load("classifier: !new:psla_sb.lobes.pooling.MeanPooling {in_channels: 8, n_classes: 2}"), "run.yaml")
     {'classifier': MeanPooling(...)}
     """
-    text = definitions_text(definitions)
-    check_trusted(tags_of(text), source, trust)
+    try:
+        text = definitions_text(definitions)
+        # before references are resolved, which includes files, and again after it, when they have become what they stand for
+        check_trusted(tags_of(text), source, trust)
+        resolved = ruamel.yaml.YAML().load(resolve_references(text).getvalue())
+        refer_to_plain_attributes(resolved, resolved)
+        text = definitions_text(resolved)
+        check_trusted(tags_of(text), source, trust)
+        check_tuples(text, source)
+    except InputError:
+        raise
+    except Exception as error:  # whatever somebody has written
+        raise InputError(f"{source}: the model that it defines cannot be read: {type(error).__name__}: {error}") from error
     try:
         return load_hyperpyyaml(text)
     except InputError as error:

@@ -122,7 +122,11 @@ class Source:
         write_tagger(folder, self.definitions, self.hparams(), self.vocabulary)
 
     def _built(self) -> dict[str, Any]:
-        return build(self.definitions, self.path, self.trust)
+        hparams = build(self.definitions, self.path, self.trust)
+        rate, wrong = hparams["sample_rate"], [name for name in MODULES if not isinstance(hparams[name], nn.Module)]
+        if wrong or type(rate) is not int or rate <= 0:
+            raise InputError(f"{self.path}: {', '.join(wrong) or 'sample_rate'} in its {HPARAMS} is not what it has to be")
+        return hparams
 
 
 class TaggerFolder(Source):
@@ -315,6 +319,8 @@ def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
     if weights == "average":
         return average_path(folder)
     named: dict[str | int, int] = {"last": epochs[-1]["epoch"], "best": best_epoch(epochs)}
+    if weights not in named and not str(weights).isdecimal():
+        raise InputError(f"{folder}: weights are average, best, last or the number of an epoch, not {weights!r}")
     return snapshot_path(folder, named.get(weights) or int(weights))
 
 

@@ -8,7 +8,9 @@ from typing import Any
 import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 
-from psla_sb.checkpoints.definitions import definitions_text, plain_definitions
+from psla_sb.checkpoints.definitions import definitions_text, plain_definitions, tags_of
+from psla_sb.checkpoints.run_folder import HPARAMS
+from psla_sb.checkpoints.trust import untrusted
 from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
 from psla_sb.files import atomic_write
 from psla_sb.labels.vocabulary import Vocabulary
@@ -51,12 +53,18 @@ def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Ma
     text.write("\npretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer\n    loadables:\n")
     text.write("".join(f"        {name}: !ref <{name}>\n" for name in (*trained, "label_encoder")))
     text.write("    custom_hooks:\n" + "".join(f"        {name}: !name:psla_sb.checkpoints.load_module\n" for name in trained))
-    with atomic_write(Path(folder) / "hyperparams.yaml") as temporary:
+    with atomic_write(Path(folder) / HPARAMS) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
     for name, module in trained.items():
         write_tensors(state_of(module), Path(folder) / f"{name}.ckpt")
     with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:
         label_encoder(vocabulary).save(temporary)
+
+
+def trust_options(folder: str | Path) -> str:
+    """What a command that loads a tagger's folder needs besides its name, such as ` --trust my_lobes`; mostly nothing."""
+    modules = sorted(set(untrusted(tags_of((Path(folder) / HPARAMS).read_text(encoding="utf-8"))).values()))
+    return "".join(f" --trust {module}" for module in modules)
 
 
 def label_encoder(vocabulary: Vocabulary) -> CategoricalEncoder:

@@ -7,6 +7,9 @@ trusted with it.
 
 import importlib
 import inspect
+import os
+import site
+import sysconfig
 from collections.abc import Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -54,16 +57,7 @@ def check_trusted(tags: Iterable[str], source: str | Path, trust: Sequence[str] 
     ...
     psla_sb.errors.InputError: hyperparams.yaml constructs '!apply:os.system', which is not a part of psla_sb. ...
     """
-    named = as_names(trust)
-    plugins = {entry.module.partition(".")[0] for entry in entry_points(group=GROUP)}
-    refused = {}
-    for tag in sorted(set(tags) - PLAIN - NEEDED):
-        kind, _, name = tag.partition(":")
-        if kind in ("!new", "!name") and _defined(name, [OWN, *plugins], named, classes_only=True):
-            continue
-        if kind in ("!new", "!name", "!apply") and _defined(name, named, named):
-            continue
-        refused[tag] = name.rpartition(".")[0] or name
+    refused = untrusted(tags, trust)
     if refused:
         modules = sorted(set(refused.values()))
         raise InputError(
@@ -72,6 +66,32 @@ def check_trusted(tags: Iterable[str], source: str | Path, trust: Sequence[str] 
             f"trust: [{', '.join(modules)}] in a YAML file, trust={modules} in Python; or install it as a package with an entry "
             f"point of the group {GROUP}. AudioTagger.from_hparams builds anything"
         )
+
+
+def untrusted(tags: Iterable[str], trust: Sequence[str] = ()) -> dict[str, str]:
+    """Finds the tags that are not trusted, and for each the module that would have to be."""
+    named, plugins = as_names(trust), _plugins()
+    refused = {}
+    for tag in sorted(set(tags) - PLAIN - NEEDED):
+        kind, _, name = tag.partition(":")
+        if kind in ("!new", "!name") and _defined(name, [OWN, *plugins], named, classes_only=True):
+            continue
+        if kind in ("!new", "!name", "!apply") and _defined(name, named, named):
+            continue
+        refused[tag] = name.rpartition(".")[0] or name
+    return refused
+
+
+def _plugins() -> set[str]:
+    """The packages that announce themselves and were installed, or that PYTHONPATH names: not what lies in the current folder."""
+    paths = {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()}
+    paths |= set(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
+    installed = {os.path.realpath(path) for path in paths}
+    return {
+        entry.module.partition(".")[0]
+        for entry in entry_points(group=GROUP)
+        if entry.dist is not None and os.path.realpath(str(entry.dist.locate_file(""))) in installed
+    }
 
 
 def as_names(trust: str | Sequence[str] | None) -> list[str]:
@@ -100,10 +120,10 @@ def _defined(name: str, packages: Sequence[str], named: Sequence[str], classes_o
         return False
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # other people's code
         if _below(module_name, named):
             raise InputError(
-                f"the trusted module '{module_name}' cannot be imported ({error}): run the command in the folder that has "
+                f"the trusted module '{module_name}' cannot be imported ({error!r}): run the command in the folder that has "
                 f"{module_name.split('.')[0]}, or put that folder into PYTHONPATH"
             ) from None
         return False

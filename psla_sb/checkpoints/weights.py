@@ -34,10 +34,9 @@ def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
     for name, part in _normalisers(module):
         state |= {f"{name}{key}": torch.as_tensor(value) for key, value in part._statistics_dict().items()}
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
-            raise InputError(
-                f"{type(module).__qualname__} keeps a {type(value).__name__} in its state ('{key}'): only tensors are saved"
-            )
+        if not isinstance(value, torch.Tensor) or value.is_complex():
+            kept = f"a {type(value).__name__} in its state ('{key}')"
+            raise InputError(f"{type(module).__qualname__} keeps {kept}: only tensors of real numbers are saved")
     return state
 
 

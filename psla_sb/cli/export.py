@@ -19,6 +19,7 @@ def export(arguments: list[str] | None = None) -> None:
     if options.weights not in ("average", "best", "last") and not options.weights.isdecimal():
         parser.error(f"--weights must be average, best, last or the number of an epoch, not {options.weights}")
     # after the command line was checked: it takes seconds
+    from psla_sb.checkpoints.tagger_folder import trust_options
     from psla_sb.errors import InputError
     from psla_sb.inference.model_card import export_model
 
@@ -26,4 +27,4 @@ def export(arguments: list[str] | None = None) -> None:
         export_model(options.run, options.out, options.weights, options.onnx, options.labels, trusted(options))
     except (InputError, OSError) as error:
         parser.error(str(error))
-    print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out} FILE...")
+    print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out}{trust_options(options.out)} FILE...")

@@ -185,5 +185,5 @@ def _write_average(
         size = hparams["batch_size"]
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         loader = clip_loader(clips, tagger.hparams.sample_rate, tagger.n_samples, batches, hparams["num_workers"])
-        update_batch_norm(tagger.mods, loader)
+        update_batch_norm(tagger.mods, loader, tagger.n_samples)
     write_tagger(folder, sources[0].definitions, {**vars(tagger.hparams), **tagger.mods}, sources[0].vocabulary)

@@ -25,11 +25,17 @@ from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.lobes import chain
+from psla_sb.lobes.features import n_samples_for
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
 logger = get_logger(__name__)
 
 EPSILON = 1e-7
+
+
+def as_list(value: Any) -> list[Any]:
+    """One, several or none (None), as YAML files may say."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +89,7 @@ class TaggingBrain(sb.Brain):
     def scores(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
         """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation."""
         # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
-        return chain.probabilities(self.hparams.modules, wavs, wav_lens)
+        return chain.probabilities(self.hparams.modules, wavs, wav_lens, n_samples=self.n_samples)
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> tuple[Tensor, Tensor]:
         """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
@@ -98,12 +104,11 @@ class TaggingBrain(sb.Brain):
         if stage != sb.Stage.TRAIN:
             return self.scores(wavs, wav_lens), targets
         wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, sum(batch.partner))
-        return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment), targets
+        return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment, self.n_samples), targets
 
     def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
         """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone."""
-        mixup = getattr(self.hparams, "mixup", None)
-        for augment in getattr(self.hparams, "waveform_augment", [] if mixup is None else [mixup]):
+        for augment in as_list(getattr(self.hparams, "waveform_augment", getattr(self.hparams, "mixup", None))):
             if "targets" in inspect.signature(getattr(augment, "forward", augment)).parameters:
                 wavs, wav_lens, targets = augment(wavs, wav_lens, targets, n_partners)
                 n_partners = 0
@@ -122,7 +127,13 @@ class TaggingBrain(sb.Brain):
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Takes probabilities and targets `[batch, classes]`."""
-        return getattr(self.hparams, "loss", binary_cross_entropy)
+        return getattr(self.hparams, "loss", None) or binary_cross_entropy
+
+    @property
+    def n_samples(self) -> int | None:
+        """What the model takes of a clip; None if all of it."""
+        n_frames = getattr(self.hparams, "n_frames", None)
+        return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
 
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
@@ -252,8 +263,8 @@ class TaggingBrain(sb.Brain):
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
         super().on_fit_start()
         move_statistics(self.modules, self.device)
-        augmentations = [*getattr(self.hparams, "waveform_augment", []), getattr(self.hparams, "spec_augment", None)]
-        for part in (*augmentations, self.loss):
+        augmentations = as_list(getattr(self.hparams, "waveform_augment", None))
+        for part in (*augmentations, getattr(self.hparams, "spec_augment", None), self.loss):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
         # what a killed run wrote of an epoch that it did not finish is written again
@@ -301,8 +312,7 @@ class TaggingBrain(sb.Brain):
         self.epochs.append(record)
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
         write_results(folder, {"epochs": self.epochs})
-        loggers = self.hparams.train_logger
-        for train_logger in loggers if isinstance(loggers, list) else [loggers]:
+        for train_logger in as_list(self.hparams.train_logger):
             train_logger.log_stats(
                 {"epoch": epoch, "lr": record["lr"]},
                 train_stats={"loss": record["train_loss"]},

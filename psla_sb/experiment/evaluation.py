@@ -19,6 +19,7 @@ from psla_sb.checkpoints.run_folder import (
     write_scores,
 )
 from psla_sb.checkpoints.sources import Snapshot
+from psla_sb.checkpoints.tagger_folder import trust_options
 from psla_sb.checkpoints.weights import load_into, save_weights, trained_modules
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.dataset import TaggingDataset
@@ -130,7 +131,7 @@ def example(brain: TaggingBrain, dataset: TaggingDataset, vocabulary: Vocabulary
             f"An example, {clip['wav']}",
             "  its labels: " + ", ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
             "  its tags:   " + ", ".join(f"{tag.label} {tag.score:.2f}" for tag in tagger.tag_file(clip["wav"])),
-            f"Tag your own sounds: psla-tag --model {folder / 'tagger'} FILE...",
+            f"Tag your own sounds: psla-tag --model {folder / 'tagger'}{trust_options(folder / 'tagger')} FILE...",
         ]
     )
 

@@ -181,8 +181,10 @@ def load_hparams(
         hparams = load_hyperpyyaml(definitions_text(resolved))
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError, AttributeError, ImportError, ruamel.yaml.YAMLError) as error:
-        reason = ": ".join(map(str, error.args)) or error
+    except Exception as error:  # other people's constructors
+        reason = ": ".join(map(str, error.args)) or str(error)
+        if isinstance(error, ImportError) and "psla_sb." in reason:
+            reason += ". Modules have moved: CHANGELOG.md says where to"
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
     check_paths(file, {key: hparams[key] for key in paths})
     return {**hparams, "trust": trust}

@@ -61,8 +61,12 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples_of(hparams))
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
-    brain_class = hparams.get("brain_class", TaggingBrain)
-    brain = brain_class(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
+    for key in ("loss", "brain_class"):
+        if not callable(hparams.get(key) or TaggingBrain):
+            raise InputError(f"{hparams_file}: '{key}' must name a class or a function (!name:...), not {hparams[key]!r}")
+    brain = (hparams.get("brain_class") or TaggingBrain)(
+        hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"]
+    )
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)

@@ -53,7 +53,8 @@ class SoundEncoder(Pretrained):
     @property
     def n_samples(self) -> int | None:
         """Says how much of a clip the model takes, in samples: as much as it was trained on; None if all."""
-        n_frames = getattr(self.mods.compute_features, "n_frames", getattr(self.hparams, "n_frames", None))
+        front_end = self.mods.compute_features
+        n_frames = front_end.n_frames if isinstance(front_end, KaldiFbank) else getattr(self.hparams, "n_frames", None)
         return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
 
     def features(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
@@ -73,13 +74,9 @@ class SoundEncoder(Pretrained):
             wav_lens = torch.as_tensor(wav_lens, dtype=torch.float32).to(self.device)
             if wav_lens.shape != wavs.shape[:1] or not ((wav_lens > 0) & (wav_lens <= 1)).all():
                 raise ValueError(f"wav_lens must be {len(wavs)} relative lengths in (0, 1], not {wav_lens.tolist()}")
-        wavs, longest = wavs.to(self.device).float(), self.n_samples
-        # a front end with n_frames cuts by itself
-        if getattr(self.mods.compute_features, "n_frames", None) is None and longest is not None and wavs.shape[1] > longest:
-            wav_lens = None if wav_lens is None else (wav_lens * (wavs.shape[1] / longest)).clamp(max=1.0)
-            wavs = wavs[:, :longest]
-        with torch.inference_mode(), _taking(self.mods.compute_features, wavs):
-            return chain.features(self.mods, wavs, wav_lens)
+        wavs = wavs.to(self.device).float()
+        with torch.inference_mode(), taking(self.mods.compute_features, wavs):
+            return chain.features(self.mods, wavs, wav_lens, n_samples=self.n_samples)
 
     def _checked_features(self, wavs: Tensor, wav_lens: Tensor | None = None, source: str | Path = "waveforms") -> FeaturesAndLens:
         """Computes `features_and_lens`, but refuses samples that are not finite, or so large that their energy is not."""
@@ -94,7 +91,7 @@ class SoundEncoder(Pretrained):
         at_a_time = max(1, CPU_FRAMES // feats.shape[1]) if feats.device.type == "cpu" else len(feats)
         parts = feats.split(at_a_time)
         lens_of_parts = [None] * len(parts) if lens is None else lens.split(at_a_time)
-        with torch.inference_mode(), self.inference_ctx, _taking(encoder, feats):
+        with torch.inference_mode(), self.inference_ctx, taking(encoder, feats):
             maps = [chain.call(encoder, *part) for part in zip(parts, lens_of_parts, strict=True)]
             if len(maps) == 1:
                 return maps[0]
@@ -176,7 +173,7 @@ class SoundEncoder(Pretrained):
 
     def whole_window(self, wavs: Tensor, n_samples: int) -> tuple[Tensor, Tensor | None]:
         """Fills a recording's last piece up for front ends that cannot take any length, and gives its relative lengths."""
-        if isinstance(self.mods.compute_features, KaldiFbank) or wavs.shape[1] == n_samples:
+        if isinstance(self.mods.compute_features, KaldiFbank) or wavs.shape[1] == n_samples or self.n_samples is not None:
             return wavs, None
         return F.pad(wavs, (0, n_samples - wavs.shape[1])), torch.full((len(wavs),), wavs.shape[1] / n_samples)
 
@@ -223,11 +220,11 @@ def step_vectors(feature_map: FeatureMap) -> Tensor:
 
 
 @contextmanager
-def _taking(module: Any, x: Tensor) -> Iterator[None]:
+def taking(module: Any, x: Tensor) -> Iterator[None]:
     """Turns what another's part says of a clip that is too short for it into an error about the clip."""
     try:
         yield
-    except RuntimeError as error:
+    except Exception as error:
         if type(module).__module__.startswith("psla_sb.") or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(f"{type(module).__qualname__} cannot take {list(x.shape)}: {error}") from error

@@ -8,6 +8,7 @@ import ruamel.yaml
 
 from psla_sb.checkpoints.run_folder import read_results
 from psla_sb.checkpoints.sources import open_source
+from psla_sb.checkpoints.tagger_folder import trust_options
 from psla_sb.files import atomic_write
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.metrics import FIGURES
@@ -27,7 +28,7 @@ psla_sb, a toolkit made of [PSLA](https://arxiv.org/abs/2102.01243); of the weig
 
 ## Use
 
-    psla-tag --model {folder} sound.wav
+    psla-tag --model {folder}{trust} sound.wav
 
 ```python
 from psla_sb.inference import AudioTagger
@@ -82,7 +83,14 @@ def export_model(
     if source.hparams_file.is_file():
         settings = settings_table(ruamel.yaml.YAML().load(source.hparams_file.read_text(encoding="utf-8")))
     card = CARD.format(
-        n_classes=len(vocabulary), weights=name, folder=folder.name, sample_rate=rate, onnx=note, figures=figures, settings=settings
+        n_classes=len(vocabulary),
+        weights=name,
+        folder=folder.name,
+        trust=trust_options(folder),
+        sample_rate=rate,
+        onnx=note,
+        figures=figures,
+        settings=settings,
     )
     with atomic_write(folder / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")

@@ -56,11 +56,13 @@ class OnnxTagger(nn.Module):
 
     def forward(self, wavs: Tensor) -> Tensor:
         """`[batch, samples]` -> `[batch, classes]`."""
+        lens = torch.ones_like(wavs[:, 0])
+        if self.n_samples is not None:
+            lens = lens * (torch._shape_as_tensor(wavs)[1] / self.n_samples).clamp(max=1.0)
         if isinstance(self.front_end, KaldiFbank):
-            feats, lens = self._kaldi_features(wavs), None
+            feats = self._kaldi_features(wavs)
         else:
-            wavs = wavs[:, : self.n_samples]
-            lens = torch.ones_like(wavs[:, 0])
+            wavs = wavs if self.n_samples is None else F.pad(wavs, (0, self.n_samples))[:, : self.n_samples]
             feats = chain.call(self.norm, chain.call(self.front_end, wavs, lens), lens)
         return chain.call(self.classifier, chain.call(self.encoder, feats, lens), lens).clamp(0.0, 1.0)
 

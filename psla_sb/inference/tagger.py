@@ -15,7 +15,7 @@ from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.windows import batches, joined, overlapped, windows
 from psla_sb.errors import InputError
-from psla_sb.inference.encoder import NOT_FINITE, SoundEncoder
+from psla_sb.inference.encoder import NOT_FINITE, SoundEncoder, taking
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
@@ -128,7 +128,7 @@ class AudioTagger(SoundEncoder):
     def tag_features(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
         """Scores normalised features `[batch, frames, mels]` on the tagger's device: `[batch, classes]`, in [0, 1]."""
         feature_map = self.encode_features(feats, lens)
-        with torch.inference_mode(), self.inference_ctx:
+        with torch.inference_mode(), self.inference_ctx, taking(self.mods.classifier, feats):
             return chain.classify(self.mods, feature_map, lens).clamp(0.0, 1.0)
 
     def tag_file(self, path: str | Path, top_k: int = 5, threshold: float | None = None) -> list[Tag]:
@@ -172,7 +172,7 @@ class AudioTagger(SoundEncoder):
         # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
         names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in files]
         manifest = Manifest.from_columns([str(row) for row in range(len(files))], names, [0.0] * len(files), [""] * len(files))
-        if getattr(self.mods.compute_features, "n_frames", None) is None:
+        if self.n_samples is None:
             # a longer clip in the batch would lengthen what the classifier sees of this one
             batch_size = 1
         rows = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
@@ -243,7 +243,7 @@ class AudioTagger(SoundEncoder):
             )
         for wavs in batches(pieces, batch_size):
             feature_map = self.encode_features(*self._checked_features(*self.whole_window(wavs, n_samples), path))
-            with torch.inference_mode():
+            with torch.inference_mode(), taking(self.mods.classifier, wavs):
                 scores = chain.segment_scores(self.mods, feature_map)
             yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
 

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.features import full_float32, n_samples_for
+from psla_sb.lobes.features import KaldiFbank, full_float32, n_samples_for
 
 MODULES = ("compute_features", "mean_var_norm", "embedding_model", "classifier")
 SHAPES = {
@@ -62,27 +63,36 @@ def call(module: Any, x: Any, lens: Tensor | None = None) -> Any:
 
 
 def features(
-    modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor | None]:
+    modules: Mapping[str, Any],
+    wavs: Tensor,
+    wav_lens: Tensor | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    n_samples: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Computes normalised features `[batch, frames, mels]`, float32, and their relative lengths, of waveforms `[batch, samples]`.
 
-    `augment` is done to the features before they are normalised.
+    `augment` is done to the features before they are normalised. Waveforms are cut or filled up to `n_samples`, so that a clip's
+    features do not depend on the batch that it is in; a `KaldiFbank` does this by itself, to its `n_frames`.
     """
+    front_end = unwrapped(modules["compute_features"])
+    lens = torch.ones(len(wavs), device=wavs.device) if wav_lens is None else wav_lens.to(wavs.device)
+    length = wavs.shape[1]
     with full_float32(wavs.device):
-        feats = call(modules["compute_features"], wavs, wav_lens)
+        if isinstance(front_end, KaldiFbank):
+            feats, n_frames = call(modules["compute_features"], wavs, wav_lens), front_end.n_frames
+            n_samples = None if n_frames is None else n_samples_for(n_frames, front_end.sample_rate)
+        else:
+            wavs = wavs if n_samples is None else F.pad(wavs, (0, n_samples - wavs.shape[1]))
+            feats = call(modules["compute_features"], wavs, rescaled(lens, length, n_samples))
         if augment is not None:
             feats = augment(feats)
-        lens = _feature_lens(unwrapped(modules["compute_features"]), wavs, wav_lens)
+        lens = rescaled(lens, length, n_samples)
         return call(modules["mean_var_norm"], feats, lens), lens
 
 
-def _feature_lens(compute_features: Any, wavs: Tensor, wav_lens: Tensor | None) -> Tensor | None:
-    """Lengths relative to the frames that come out: a front end with `n_frames` cuts or pads to as many, whatever goes in."""
-    n_frames, sample_rate = getattr(compute_features, "n_frames", None), getattr(compute_features, "sample_rate", None)
-    if n_frames is None or sample_rate is None:
-        return wav_lens
-    lens = torch.ones(len(wavs), device=wavs.device) if wav_lens is None else wav_lens.to(wavs.device)
-    return (lens * (wavs.shape[1] / n_samples_for(n_frames, sample_rate))).clamp(max=1.0)
+def rescaled(lens: Tensor, n_given: int, n_samples: int | None) -> Tensor:
+    """Lengths relative to `n_given` samples -> relative to the `n_samples` that they are cut or filled up to (None: neither)."""
+    return lens if n_samples is None else (lens * (n_given / n_samples)).clamp(max=1.0)
 
 
 def classify(modules: Mapping[str, Any], feature_map: Any, lens: Tensor | None = None) -> Tensor:
@@ -111,7 +121,11 @@ def _as_float(feature_map: Any) -> Any:
 
 
 def probabilities(
-    modules: Mapping[str, Any], wavs: Tensor, wav_lens: Tensor | None = None, augment: Callable[[Tensor], Tensor] | None = None
+    modules: Mapping[str, Any],
+    wavs: Tensor,
+    wav_lens: Tensor | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    n_samples: int | None = None,
 ) -> Tensor:
     """Computes probabilities `[batch, classes]` of waveforms; arguments as of `features`.
 
@@ -126,7 +140,7 @@ def probabilities(
     >>> probabilities(dict(zip(MODULES, parts, strict=True)), torch.randn(2, 16000)).shape
     torch.Size([2, 3])
     """
-    feats, lens = features(modules, wavs, wav_lens, augment)
+    feats, lens = features(modules, wavs, wav_lens, augment, n_samples)
     return classify(modules, call(modules["embedding_model"], feats, lens), lens)
 
 
@@ -167,14 +181,32 @@ def check(modules: Mapping[str, Any], sample_rate: int, n_classes: int, n_sample
             except Exception as error:  # other people's code
                 raise InputError(f"{given} cannot take the {taken}: {type(error).__name__}: {error}") from error
             _check_shape(name, given, answer, n_classes)
-            if name == MODULES[0]:
-                lens = _feature_lens(tried[name], x, lens)
             x = answer
+    _check_statistics(modules, sample_rate, n_samples)
     least, most = x.min().item(), x.max().item()
     if not (least >= -ROUNDING and most <= 1 + ROUNDING):
         raise InputError(
             f"{given} gives {least:.3g} to {most:.3g} where probabilities in [0, 1] are wanted; if these are logits, add a sigmoid"
         )
+
+
+def _check_statistics(modules: Mapping[str, Any], sample_rate: int, n_samples: int | None) -> None:
+    """Refuses buffers that training changes and that are not saved: what was evaluated would not be what is loaded."""
+    copies = {name: copy.deepcopy(module) for name, module in modules.items()}
+    parts = [part for module in copies.values() if isinstance(module, nn.Module) for part in module.train().modules()]
+    buffers = [(part, name, part._buffers[name]) for part in parts for name in part._non_persistent_buffers_set]
+    before = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            probabilities(copies, _noise(2, n_samples or sample_rate), torch.ones(2), n_samples=n_samples)
+        except Exception as error:  # other people's code
+            raise InputError(f"the parts do not run in training: {type(error).__name__}: {error}") from error
+    for (part, name, _), value in zip(buffers, before, strict=True):
+        now = part._buffers[name]
+        if (now is None) != (value is None) or (now is not None and value is not None and not torch.equal(now, value)):
+            raise InputError(
+                f"{type(part).__qualname__} changes its buffer '{name}', which is not persistent: it would not be saved"
+            )
 
 
 def _shape(x: Any) -> str:

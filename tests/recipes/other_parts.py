@@ -81,6 +81,14 @@ class Logits(MaxPooling):
         return torch.logit(super().forward(x))
 
 
+class Fails(nn.Module):
+    """Cannot be made."""
+
+    def __init__(self):
+        super().__init__()
+        raise RuntimeError("not today")
+
+
 class Louder(nn.Module):
     """An augmentation of waveforms."""
 

@@ -10,9 +10,12 @@ import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
+from psla_sb.aggregation.members import on_cpu, why_no_average
+from psla_sb.checkpoints.definitions import definitions_text
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.cli.demo import demo
 from psla_sb.cli.export import export
@@ -160,7 +163,7 @@ def test_without_trust_everything_refuses_and_says_what_to_do(trained, mini_data
     assert f"--trust {PARTS}" in done.stderr
 
 
-def test_ensembles_with_members_of_ours_and_checkpoints_of_one_run(trained, tiny_run, mini_data, tmp_path):
+def test_ensembles_with_members_of_ours_and_checkpoints_of_one_run(trained, parts_here, tiny_run, mini_data, tmp_path):
     folder, _ = trained
     trust = [word for name in TRUST for word in ("--trust", name)]
     here = trained[0].parent / "mine"
@@ -170,11 +173,21 @@ def test_ensembles_with_members_of_ours_and_checkpoints_of_one_run(trained, tiny
     assert len(report["members"]) == 2
     scores = np.load(tmp_path / "mixed" / "scores" / f"{next(iter(report['members']))}.npy")
     np.testing.assert_allclose(scores, np.load(folder / "predictions" / "valid_weight_average.npy"), atol=1e-5)
+    # a front end or normalisation that learns is another one in every epoch
+    one_front_end = folder.parent.name.startswith("encoder")
     one = [sys.executable, AGGREGATE, "hparams/aggregate.yaml", f"--runs={folder}", f"--output_folder={tmp_path / 'one'}"]
-    run([*one, f"--data_folder={mini_data}", "--num_workers=0", f"--trust=[{', '.join(TRUST)}]"], cwd=here)
+    run(
+        [*one, f"--data_folder={mini_data}", "--num_workers=0", f"--trust=[{', '.join(TRUST)}]", f"--export={one_front_end}"],
+        cwd=here,
+    )
     report = json.loads((tmp_path / "one" / "ensemble.json").read_text())
     expected = json.loads((folder / "results.json").read_text())["evaluation"]
     assert report["ensemble"]["mAP"] == pytest.approx(expected["ensemble"]["mAP"], abs=1e-3)
+    if one_front_end:
+        sys.path.append(os.getcwd())
+        tagger = AudioTagger.from_folder(tmp_path / "one" / "tagger", trust=TRUST)
+        scores = scores_of(tagger, clips_of(folder, mini_data)[:4])
+        np.testing.assert_allclose(scores, np.load(tmp_path / "one" / "ensemble.npy")[:4], atol=1e-5)
     assert report["weight_average"]["mAP"] == pytest.approx(expected["weight_average"]["mAP"], abs=1e-3)
 
 
@@ -278,6 +291,7 @@ def test_an_installed_plugin_is_trusted_everywhere(plugin, mini_data, tmp_path, 
     environment = {"PYTHONPATH": str(target)}
     argv = command(TRAIN, str(source / "convnext.yaml"), data_folder=mini_data, output_folder=tmp_path / "run")
     run(argv, env=environment, cwd=tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(target))
     monkeypatch.syspath_prepend(str(target))
     clip = clips_of(tmp_path / "run", mini_data)[0]
     for path in (tmp_path / "run", tmp_path / "run" / "tagger"):
@@ -321,6 +335,72 @@ louder: !new:other_parts.Louder {gain: 0.5}
     # the mean squared error of 39 classes, of which a tenth is on: cross-entropy would be three times as large
     assert all(0.05 < epoch["train_loss"] < 0.3 for epoch in epochs)
     assert all(0.05 < epoch["valid_loss"] < 0.3 for epoch in epochs)
+
+
+def test_keys_may_be_null_or_hold_one_value_without_a_list(mini_data, tmp_path):
+    blocks = {
+        "mixup": "mixup: null",
+        "waveform_augment": "waveform_augment: !new:other_parts.Louder {gain: 0.5}",
+        "spec_augment": "spec_augment: null",
+        "loss": "loss: null",
+        "brain_class": "brain_class: null",
+        "train_logger": "train_logger: null",
+    }
+    file = write_yaml(tmp_path / "mine", blocks)
+    settings = {"data_folder": mini_data, "output_folder": tmp_path / "run", "mixup_rate": 0, "number_of_epochs": 1}
+    run(command(TRAIN, str(file), **settings))
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["epochs"]) == 1
+
+
+@pytest.mark.parametrize("key", ["loss", "brain_class"])
+def test_a_loss_or_a_brain_that_cannot_be_called_is_an_error(key, mini_data, tmp_path):
+    file = write_yaml(tmp_path / "mine", {key: f"{key}: bce"})
+    done = run(command(TRAIN, str(file), data_folder=mini_data, output_folder=tmp_path / "run"), check=False)
+    assert done.returncode == 2
+    assert f"'{key}' must name a class or a function (!name:...), not 'bce'" in done.stderr
+
+
+def test_a_constructor_that_fails_and_a_module_that_has_moved_are_errors(mini_data, tmp_path):
+    for block, message in (
+        ("embedding_model: !new:other_parts.Fails {}", "RuntimeError: not today"),
+        ("embedding_model: !new:psla_sb.lobes.old_place.Encoder {}", "Modules have moved: CHANGELOG.md says where to"),
+    ):
+        file = write_yaml(tmp_path / "mine", {"embedding_model": block})
+        done = run(command(TRAIN, str(file), data_folder=mini_data, output_folder=tmp_path / "run"), check=False)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_members_that_compute_differently_have_no_average_of_weights(trained, mini_data, tmp_path, parts_here):
+    folder, _ = trained
+    other = shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("save", "plots"))
+    file = other / "hyperparams.yaml"
+    text = file.read_text()
+    changed = re.sub(r"torch\.nn\.GELU", "torch.nn.Tanh", text)
+    sources = [open_source(path, trust=TRUST) for path in (folder, other)]
+    taggers = {definitions_text(source.definitions): on_cpu(source) for source in sources}
+    assert why_no_average(sources, taggers) is None
+    if changed != text:
+        file.write_text(changed)
+        sources[1] = open_source(other, trust=TRUST)
+        taggers = {definitions_text(source.definitions): on_cpu(source) for source in sources}
+        assert why_no_average(sources, taggers) == "members are of different architectures"
+
+
+@pytest.mark.parametrize("weights", ["newest", "1.5", "-1", ""])
+def test_weights_that_a_run_has_not_are_named(weights, trained):
+    with pytest.raises(InputError, match="average, best, last or the number of an epoch"):
+        open_source(trained[0], weights=weights)
+
+
+def test_a_clip_too_short_for_somebodys_part_is_an_error_of_that_clip(trained, parts_here, mini_data, tmp_path, capsys):
+    folder, _ = trained
+    soundfile.write(tmp_path / "short.wav", np.full(40, 0.1, np.float32), 16000)
+    clip = clips_of(folder, mini_data)[0]
+    with pytest.raises(SystemExit) as caught:
+        tag(["--model", str(folder), str(tmp_path / "short.wav"), clip, *(f"--trust={name}" for name in TRUST)])
+    assert caught.value.code in (0, 1)
+    assert clip in capsys.readouterr().out
 
 
 def test_mixup_that_nothing_does_is_an_error(mini_data, tmp_path):
