@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from speechbrain.processing.features import InputNormalization
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -118,8 +118,9 @@ def save_weights(modules: Mapping[str, nn.Module], path: str | Path) -> None:
 def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Writes a state dict as safetensors, which hold no two names for one memory: what is shared is written twice."""
     with atomic_write(path) as temporary:
-        save_file(
-            {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}, temporary
+        # `save_file` writes to a file of its own first, whose random name would stay behind a process that is killed
+        temporary.write_bytes(
+            save({key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()})
         )
 
 
@@ -165,7 +166,7 @@ def load_module(module: nn.Module, path: str | Path) -> None:
     Example
     -------
     >>> path = getfixture("tmp_path") / "classifier.ckpt"
-    >>> save_file(torch.nn.Linear(2, 1).state_dict(), path)
+    >>> _ = path.write_bytes(save(torch.nn.Linear(2, 1).state_dict()))
     >>> load_module(torch.nn.Linear(2, 1), path)
     """
     state = {f"weights.{key}": value for key, value in load_weights(path).items()}
