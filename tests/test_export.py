@@ -10,7 +10,6 @@ from psla_sb.cli.export import export
 from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.inference import onnx_export
 from psla_sb.inference.onnx_export import export_onnx
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
@@ -129,19 +128,17 @@ def test_wrong_command_line(options, message, tiny_run, tmp_path, capsys):
     assert "not the output folder of a run" in capsys.readouterr().err
 
 
-def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path, monkeypatch):
+def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     tagger = sensitive_tagger(tiny_run[0] / "tagger")
     tagger.mods["compute_features"] = KaldiFbank(n_mels=32)
     for conv in tagger.mods.classifier.att:
-        conv.weight.mul_(5)
+        conv.weight.mul_(4)
         conv.bias.fill_(-13.0)
-    # this tagger makes much of rounding, which is not the same on all processors: 1.5e-4 on some
-    monkeypatch.setattr(onnx_export, "TOLERANCE", 5e-4)
     export_onnx(tagger, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     # louder and fainter, so that the steps differ
     loudness = torch.logspace(-4, 0, 48000) * torch.tensor([[0.3], [1.0]])
     wavs = loudness * torch.randn(2, 48000, generator=torch.Generator().manual_seed(0))
     (scores,) = session.run(None, {"waveform": wavs.numpy()})
-    np.testing.assert_allclose(scores, tagger.tag_batch(wavs), atol=5e-4)
+    np.testing.assert_allclose(scores, tagger.tag_batch(wavs), atol=1e-4)

@@ -6,6 +6,7 @@ SpeechBrain's (`save/CKPT+...`) or a checkpoint of the published PSLA code (`.pt
 
 import copy
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,7 @@ logger = get_logger(__name__)
 KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth)"
 
 
-class Source:
+class Source(ABC):
     """A trained model on the disk.
 
     Arguments
@@ -48,14 +49,14 @@ class Source:
         self.path, self.trust = Path(path), trust
 
     @property
+    @abstractmethod
     def definitions(self) -> Mapping[str, Any]:
         """What model it is, as YAML nodes."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def vocabulary(self) -> Vocabulary:
         """Its classes."""
-        raise NotImplementedError
 
     @property
     def hparams_file(self) -> Path:
@@ -74,9 +75,9 @@ class Source:
         except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{self.hparams_file}: does not define an embedding_model ({error!r})") from None
 
+    @abstractmethod
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """State dicts by the names of the modules; a module without any weights is left out."""
-        raise NotImplementedError
 
     def files(self) -> list[Path]:
         """The files that hold the weights."""
@@ -100,9 +101,7 @@ class Source:
             The model names classes that are not trusted, or the weights are not of it.
         """
         hparams = self._built()
-        modules = {name: hparams[name] for name in MODULES}
-        weights = flat(self.weights())
-        load_into(trained_modules(modules), weights, self.path)
+        load_into(trained_modules({name: hparams[name] for name in MODULES}), flat(self.weights()), self.path)
         return {**hparams, "mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary)}
 
     def export(self, folder: str | Path) -> None:

@@ -171,13 +171,12 @@ def _trying(modules: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def check(modules: Mapping[str, Any], sample_rate: int, n_classes: int, n_samples: int | None = None) -> None:
     """Tries the modules on two clips of noise, before hours of training; refuses what fails or gives a wrong shape or range."""
     x: Any = _noise(2, n_samples or sample_rate)
-    lens: Tensor | None = torch.ones(2)
     with _trying(modules) as tried:
         for name in MODULES:
             given = f"{name} ({type(modules[name]).__qualname__})"
             taken = f"waveforms {list(x.shape)}" if name == MODULES[0] else f"{_shape(x)} of {MODULES[MODULES.index(name) - 1]}"
             try:
-                answer = call(tried[name], x, lens)
+                answer = call(tried[name], x, torch.ones(2))
             except Exception as error:  # other people's code
                 raise InputError(f"{given} cannot take the {taken}: {type(error).__name__}: {error}") from error
             _check_shape(name, given, answer, n_classes)
