@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.errors import InputError
@@ -23,7 +22,7 @@ def write_errors(path: str | Path) -> Iterator[None]:
     try:
         yield
     # PyTorch raises RuntimeErrors; numpy OSErrors without a number
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(next(folder for folder in Path(path).absolute().parents if folder.exists())).free // 2**20
         # what PyTorch says of a full disk is of no use
         reason = getattr(error, "strerror", None) or (str(error).partition("\n")[0] if free else "the disk is full")
@@ -69,6 +68,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Writes a file as `atomic_write` does; text becomes UTF-8."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,15 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ruamel.yaml
 
 from psla_sb.aggregation.scoring import front_end
 from psla_sb.checkpoints.definitions import definitions_text, plain_definitions
-from psla_sb.checkpoints.run_folder import average_path, best_epoch, read_results, snapshot_path
-from psla_sb.checkpoints.sources import Source
+from psla_sb.checkpoints.run_folder import snapshot_path, trained_epochs
+from psla_sb.checkpoints.sources import Source, run_weights
 from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.errors import InputError
 from psla_sb.inference.tagger import AudioTagger
@@ -50,19 +50,11 @@ def find_members(runs: str | Path | list, which: str, first_epoch: int = 1) -> d
             raise InputError(f"{run}: no such run")
         if run.is_file() or (run / "embedding_model.ckpt").is_file():
             paths.append(run)
-            continue
-        try:
-            epochs = read_results(run).get("epochs")
-        except (ValueError, AttributeError) as error:
-            raise InputError(f"{run / 'results.json'}: not what a run writes ({error})") from None
-        if not epochs:
-            raise InputError(f"{run}: not the output folder of a run that has trained an epoch, and not the folder of a tagger")
-        numbers = {
-            "checkpoints": [epoch["epoch"] for epoch in epochs if epoch["epoch"] >= first_epoch],
-            "last": [epochs[-1]["epoch"]],
-            "best": [best_epoch(epochs)],
-        }
-        paths += [average_path(run)] if which == "average" else [snapshot_path(run, number) for number in numbers[which]]
+        elif which == "checkpoints":
+            numbers = [epoch["epoch"] for epoch in trained_epochs(run)]
+            paths += [snapshot_path(run, number) for number in numbers if number >= first_epoch]
+        else:
+            paths.append(run_weights(run, which))
     if not paths:
         raise InputError(f"no run has an epoch {first_epoch}, which is first_epoch")
     for path in paths:
@@ -83,20 +75,13 @@ def on_cpu(source: Source) -> AudioTagger:
     return AudioTagger.from_source(source, run_opts={"device": "cpu"})
 
 
-def distinct_taggers(sources: Iterable[Source]) -> dict[str, AudioTagger]:
-    """Loads one tagger for each model definition among the members, by the definition's text."""
-    first: dict[str, Source] = {}
-    for source in sources:
-        first.setdefault(definitions_text(source.definitions), source)
-    return {text: on_cpu(source) for text, source in first.items()}
-
-
-def why_no_average(sources: Sequence[Source], taggers: Mapping[str, AudioTagger]) -> str | None:
+def why_no_average(sources: Iterable[Source]) -> str | None:
     """Says why the weights of these members have no mean; None if they have one."""
-    used = [taggers[text] for text in {definitions_text(source.definitions) for source in sources}]
-    if len({front_end(tagger) for tagger in used}) > 1:
+    distinct = {definitions_text(source.definitions): source for source in sources}.values()
+    taggers = [on_cpu(source) for source in distinct]
+    if len({front_end(tagger) for tagger in taggers}) > 1:
         return "members have different front ends"
-    alike = {_architecture(source, taggers[definitions_text(source.definitions)]) for source in sources}
+    alike = set(map(_architecture, distinct, taggers))
     return None if len(alike) == 1 else "members are of different architectures"
 
 

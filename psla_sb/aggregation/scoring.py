@@ -18,7 +18,7 @@ from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.files import UNFINISHED, atomic_write, flush
+from psla_sb.files import UNFINISHED, atomic_write, flush, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import new_array, stamp
 from psla_sb.labels.vocabulary import Vocabulary
@@ -89,8 +89,7 @@ def score(
         if if_main_process():
             for name in taggers:
                 os.replace(folder / f"{UNFINISHED}{name}.npy", files[name])
-                with atomic_write(files[name].with_suffix(".json")) as temporary:
-                    temporary.write_text(json.dumps(made_from[name]), encoding="utf-8")
+                write_file(files[name].with_suffix(".json"), json.dumps(made_from[name]))
             for note in folder.glob(f"{UNFINISHED}pass_*.json"):
                 note.unlink()
         ddp_barrier()
@@ -130,7 +129,7 @@ def _score_together(
         for path in paths.values():
             with atomic_write(path) as temporary:
                 new_array(temporary, (n_clips, n_classes))
-        _note(begun, settings)
+        write_file(begun, json.dumps(settings))
     ddp_barrier()
     done = (_read(note) or {"batches": 0})["batches"]
     out = {name: np.lib.format.open_memmap(path, "r+") for name, path in paths.items()}
@@ -153,7 +152,7 @@ def _score_together(
             bar.update(len(batch.index))
             if count % BATCHES_AT_ONCE == 0:
                 _flush(out, paths)
-                _note(note, {"batches": count})
+                write_file(note, json.dumps({"batches": count}))
     _flush(out, paths)
     ddp_barrier()
 
@@ -162,11 +161,6 @@ def _flush(arrays: Mapping[str, np.memmap], paths: Mapping[str, Path]) -> None:
     for name, array in arrays.items():
         array.flush()
         flush(paths[name])
-
-
-def _note(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

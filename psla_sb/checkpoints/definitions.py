@@ -19,6 +19,17 @@ GETATTR, ATTRIBUTE = "!apply:getattr", "!apply:psla_sb.lobes.chain.attribute"
 PLAIN_KEYS = ("sample_rate", "n_frames")
 
 
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """What a YAML file says, by its keys, without building anything; an `InputError` if it is not such a file."""
+    try:
+        content = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, RecursionError, ruamel.yaml.YAMLError) as error:
+        raise InputError(f"{file}: not a YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: has no keys, such as recipes/AudioSet/hparams/psla.yaml has")
+    return content
+
+
 def read_definitions(file: str | Path) -> dict[str, Any]:
     """The definitions in a run's or a tagger's `hyperparams.yaml`, without pretrained weights.
 
@@ -34,12 +45,10 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
     >>> list(read_definitions(file))
     ['sample_rate', 'compute_features', 'mean_var_norm', 'embedding_model', 'classifier']
     """
+    run = read_yaml(file)
     try:
-        run = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
         definitions = {name: run[name] for name in ("sample_rate", *MODULES)}
-    except (OSError, UnicodeDecodeError, RecursionError, ruamel.yaml.YAMLError) as error:
-        raise InputError(f"{file}: cannot be read as a YAML file: {error}") from None
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise InputError(f"{file}: does not define a tagger: it lacks {error}") from None
     if isinstance(run.get("n_frames"), int):
         definitions = {"sample_rate": definitions.pop("sample_rate"), "n_frames": run["n_frames"], **definitions}
@@ -159,17 +168,14 @@ def plain_definitions(definitions: Mapping[str, Any], built: Mapping[str, Any]) 
     """
     plain = copy.deepcopy(dict(definitions))
     of_blocks = {id(block): built.get(name) for name, block in plain.items()}
-    front_end = [built.get(name) for name in MODULES[:2]]
-
-    def value(node: Any) -> Any:
-        module = of_blocks.get(id(node[0]))
-        return attribute(module, node[1], *(front_end if len(node) > 2 and all(front_end) else ()))
+    front_end: list[Any] = [built.get(name) for name in MODULES[:2]]
 
     for node in list(_nodes(plain)):
         items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
         for key, child in list(items):
             if _tag(child) == ATTRIBUTE:
-                node[key] = value(child)
+                measure = front_end if len(child) > 2 and all(front_end) else []
+                node[key] = attribute(of_blocks.get(id(child[0])), child[1], *measure)
     return {name: plain[name] for name in (*PLAIN_KEYS, *MODULES) if name in plain}
 
 

@@ -99,7 +99,8 @@ def psla_definitions(
     encoder: EfficientNetEncoder, pooling: AttentionPooling | MeanPooling, n_frames: int = AUDIOSET_FRAMES
 ) -> dict[str, Any]:
     """The definitions of a published model with the published front end, as `read_definitions` gives them."""
-    arguments = {"in_channels": encoder.out_channels, "n_classes": _first_conv(pooling).out_channels}
+    conv = pooling.cla if isinstance(pooling.cla, nn.Conv2d) else pooling.cla[0]
+    arguments = {"in_channels": encoder.out_channels, "n_classes": conv.out_channels}
     if isinstance(pooling, AttentionPooling):
         arguments["n_heads"] = pooling.n_heads
     return ruamel.yaml.YAML().load(
@@ -128,10 +129,6 @@ def _variant_of(state: Mapping[str, torch.Tensor]) -> str | None:
     """The variant with which a state dict has the most tensors in common, None if there is none in common."""
     in_common = {variant: len(layout.items() & _shapes(state).items()) for variant, layout in _layouts().items()}
     return max(in_common, key=in_common.__getitem__) if any(in_common.values()) else None
-
-
-def _first_conv(pooling: AttentionPooling | MeanPooling) -> nn.Conv2d:
-    return pooling.cla if isinstance(pooling.cla, nn.Conv2d) else pooling.cla[0]
 
 
 def _new_pooling(state: Mapping[str, torch.Tensor], in_channels: int) -> AttentionPooling | MeanPooling:

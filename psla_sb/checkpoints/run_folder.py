@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write
+from psla_sb.files import atomic_write, write_file
 
 # The run's settings, resolved, as SpeechBrain writes them; and its classes: with both a snapshot can be loaded.
 HPARAMS, CLASSES = "hyperparams.yaml", "class_labels_indices.csv"
@@ -66,8 +66,15 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 
 def write_results(folder: str | Path, results: dict[str, Any]) -> None:
     """Writes `results.json` of a run, whole or not at all."""
-    with atomic_write(Path(folder) / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_file(Path(folder) / "results.json", json.dumps(results, indent=1))
+
+
+def trained_epochs(folder: str | Path) -> list[dict[str, Any]]:
+    """The figures of the epochs that a run has trained; an `InputError` if there are none."""
+    epochs = read_results(folder).get("epochs")
+    if not epochs:
+        raise InputError(f"{folder}: not the output folder of a run that has trained an epoch, and not the folder of a tagger")
+    return epochs
 
 
 def best_epoch(epochs: list[dict[str, Any]]) -> int:

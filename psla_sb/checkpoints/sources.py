@@ -12,14 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 from speechbrain.utils.logger import get_logger
 from torch import Tensor, nn
 
-from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, tags_of
+from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, read_yaml, tags_of
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, load_psla_checkpoint, psla_definitions
-from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, read_results, snapshot_path
+from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
 from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
 from psla_sb.checkpoints.weights import below, load_into, load_weights, read_tensors, trained_modules
@@ -47,6 +46,8 @@ class Source(ABC):
 
     def __init__(self, path: str | Path, trust: Sequence[str] = ()):
         self.path, self.trust = Path(path), trust
+        # the YAML file that defines the model
+        self.hparams_file = self.path / HPARAMS
 
     @property
     @abstractmethod
@@ -58,22 +59,11 @@ class Source(ABC):
     def vocabulary(self) -> Vocabulary:
         """Its classes."""
 
-    @property
-    def hparams_file(self) -> Path:
-        """The YAML file that defines the model."""
-        return self.path / HPARAMS
-
-    @property
-    def padding(self) -> str | None:
+    @cached_property
+    def padding(self) -> Any:
         """What an EfficientNet pads like; None if that is not known."""
-        if not self.hparams_file.is_file():
-            return None
-        try:
-            run = ruamel.yaml.YAML().load(self.hparams_file.read_text(encoding="utf-8"))
-            encoder = run["embedding_model"]
-            return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
-        except (ruamel.yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.hparams_file}: does not define an embedding_model ({error!r})") from None
+        encoder = read_definitions(self.hparams_file)["embedding_model"] if self.hparams_file.is_file() else None
+        return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
 
     @abstractmethod
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -143,7 +133,7 @@ class TaggerFolder(Source):
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        mids = ruamel.yaml.YAML().load(self.hparams_file.read_text(encoding="utf-8")).get("mids")
+        mids = read_yaml(self.hparams_file).get("mids")
         encoder, file = CategoricalEncoder(), self.path / "label_encoder.ckpt"
         try:
             encoder.load(file)
@@ -156,8 +146,7 @@ class TaggerFolder(Source):
         return Vocabulary([str(mid) for mid in mids], names)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        files = {name: self.path / f"{name}.ckpt" for name in MODULES}
-        return {name: load_weights(file) for name, file in files.items() if file.exists() or name in MODULES[2:]}
+        return {name: load_weights(file) for name, file in module_files(self.path).items()}
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.path.iterdir() if file.is_file())
@@ -175,10 +164,7 @@ class Snapshot(Source):
     def __init__(self, path: str | Path, trust: Sequence[str] = (), built: Mapping[str, Any] | None = None):
         super().__init__(path, trust)
         self.run, self.built = self.path.resolve().parents[1], built
-
-    @property
-    def hparams_file(self) -> Path:
-        return self.run / HPARAMS
+        self.hparams_file = self.run / HPARAMS
 
     @cached_property
     def definitions(self) -> Mapping[str, Any]:
@@ -214,8 +200,7 @@ class SpeechBrainCheckpoint(Snapshot):
     """A folder `save/CKPT+...` of a run."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        files = {name: self.path / f"{name}.ckpt" for name in MODULES}
-        return {name: read_tensors(file) for name, file in files.items() if file.exists() or name in MODULES[2:]}
+        return {name: read_tensors(file) for name, file in module_files(self.path).items()}
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.path.iterdir() if file.stem in MODULES)
@@ -228,11 +213,7 @@ class Published(Source):
         self, path: str | Path, labels: str | Path | None = None, padding: str = PUBLISHED_PADDING, n_frames: int = AUDIOSET_FRAMES
     ):
         super().__init__(path)
-        self.labels, self.n_frames, self._padding = labels, n_frames, padding
-
-    @property
-    def padding(self) -> str:
-        return self._padding
+        self.labels, self.n_frames, self.padding = labels, n_frames, padding
 
     @cached_property
     def _modules(self) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
@@ -312,15 +293,19 @@ def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
     InputError
         The run has trained no epoch.
     """
-    epochs = read_results(folder).get("epochs")
-    if not epochs:
-        raise InputError(f"{folder}: not the output folder of a run that has trained an epoch")
+    epochs = trained_epochs(folder)
     if weights == "average":
         return average_path(folder)
     named: dict[str | int, int] = {"last": epochs[-1]["epoch"], "best": best_epoch(epochs)}
     if weights not in named and not str(weights).isdecimal():
         raise InputError(f"{folder}: weights are average, best, last or the number of an epoch, not {weights!r}")
     return snapshot_path(folder, named.get(weights) or int(weights))
+
+
+def module_files(folder: Path) -> dict[str, Path]:
+    """The modules' files of weights in a folder; an encoder and a classifier must have them."""
+    files = {name: folder / f"{name}.ckpt" for name in MODULES}
+    return {name: file for name, file in files.items() if file.exists() or name in MODULES[2:]}
 
 
 def flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

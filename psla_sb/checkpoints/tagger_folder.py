@@ -12,7 +12,7 @@ from psla_sb.checkpoints.definitions import definitions_text, plain_definitions,
 from psla_sb.checkpoints.run_folder import HPARAMS
 from psla_sb.checkpoints.trust import untrusted
 from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
-from psla_sb.files import atomic_write
+from psla_sb.files import atomic_write, write_file
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 
@@ -53,8 +53,7 @@ def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Ma
     text.write("\npretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer\n    loadables:\n")
     text.write("".join(f"        {name}: !ref <{name}>\n" for name in (*trained, "label_encoder")))
     text.write("    custom_hooks:\n" + "".join(f"        {name}: !name:psla_sb.checkpoints.load_module\n" for name in trained))
-    with atomic_write(Path(folder) / HPARAMS) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    write_file(Path(folder) / HPARAMS, text.getvalue())
     for name, module in trained.items():
         write_tensors(state_of(module), Path(folder) / f"{name}.ckpt")
     with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write
+from psla_sb.files import write_file
 from psla_sb.lobes.chain import MODULES
 
 
@@ -117,11 +117,9 @@ def save_weights(modules: Mapping[str, nn.Module], path: str | Path) -> None:
 
 def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     """Writes a state dict as safetensors, which hold no two names for one memory: what is shared is written twice."""
-    with atomic_write(path) as temporary:
-        # `save_file` writes to a file of its own first, whose random name would stay behind a process that is killed
-        temporary.write_bytes(
-            save({key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()})
-        )
+    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    # `save_file` writes to a file of its own first, whose random name would stay behind a process that is killed
+    write_file(path, save(own))
 
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write
+from psla_sb.files import atomic_write, write_file
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 
@@ -134,8 +134,7 @@ class Manifest:
     def to_psla_json(self, path: str | Path) -> None:
         """Writes the published PSLA code's data file; the file appears whole or not at all."""
         clips = [{"wav": row["wav"], "labels": ",".join(row["labels"])} for row in map(self.__getitem__, range(len(self)))]
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"data": clips}), encoding="utf-8")
+        write_file(path, json.dumps({"data": clips}))
 
     def __len__(self) -> int:
         return len(self.table)

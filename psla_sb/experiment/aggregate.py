@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import ruamel.yaml
 import speechbrain as sb
 from speechbrain.utils.distributed import if_main_process, infer_device, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.aggregation.averaging import average_weights, update_batch_norm
-from psla_sb.aggregation.members import distinct_taggers, export_ensemble, find_members, on_cpu, why_no_average
+from psla_sb.aggregation.members import export_ensemble, find_members, on_cpu, why_no_average
 from psla_sb.aggregation.report import ensemble_table, figures_of, greedy_selection, write_classes
 from psla_sb.aggregation.scoring import front_end, score
-from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS
+from psla_sb.checkpoints.definitions import read_yaml
+from psla_sb.checkpoints.run_folder import CLASSES
 from psla_sb.checkpoints.sources import Snapshot, Source, open_source
 from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.checkpoints.weights import load_into, trained_modules
@@ -32,7 +32,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import launch
 from psla_sb.experiment.hparams import crop_of, load_hparams
-from psla_sb.files import atomic_write
+from psla_sb.files import atomic_write, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import stamp
 from psla_sb.labels.vocabulary import Vocabulary
@@ -74,8 +74,9 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
             f"{folder}: the output folder of a training run; choose another --output_folder, whose files may be replaced"
         )
     sources = {name: open_source(path, class_list, trust) for name, path in paths.items()}
-    taggers = distinct_taggers(sources.values())
-    if hparams["export"] and len({front_end(on_cpu(source)) for source in sources.values()}) > 1:
+    # loaded here, so that one that cannot be is refused before the others are scored
+    front_ends = {front_end(on_cpu(source)) for source in sources.values()}
+    if hparams["export"] and len(front_ends) > 1:
         raise InputError("members have different front ends, so their ensemble cannot be one tagger: pass --export=False")
     sb.create_experiment_directory(str(folder), hparams_file, overrides)
     for signum in launch.STOP_SIGNALS:
@@ -101,7 +102,7 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
         best = max(sources, key=lambda name: summarize(scores[name], targets)["mAP"])
         picked = {"annotation_file": selection.source, "mAP": precisions, "best_single": best}
     members = [sources[name] for name in chosen]
-    reason, scored = why_no_average(members, taggers), dict(sources)
+    reason, scored = why_no_average(members), dict(sources)
     if reason is None:
         average = folder / "weight_average"
         run_on_main(_write_average, [members, hparams, manifest.data_root, average, device])
@@ -125,8 +126,7 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
         report["best_single"] = picked["best_single"]
     with atomic_write(folder / "ensemble.npy") as temporary:
         np.save(temporary, ensemble.astype(np.float32))
-    with atomic_write(folder / "ensemble.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    write_file(folder / "ensemble.json", json.dumps(report, indent=1))
     write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
     if hparams["export"]:
         export_ensemble(folder / "tagger", members, vocabulary)
@@ -149,7 +149,7 @@ def _open_annotations(hparams: Mapping[str, Any]) -> tuple[Vocabulary, Manifest,
     source = open_source(first)
     settings, class_list = {}, hparams["class_list"]
     if isinstance(source, Snapshot) and (source.run / CLASSES).is_file() and source.hparams_file.is_file():
-        settings = ruamel.yaml.YAML().load((source.run / HPARAMS).read_text(encoding="utf-8"))
+        settings = read_yaml(source.hparams_file)
         class_list = class_list or str(source.run / CLASSES)
     data_folder = hparams["data_folder"] or settings.get("data_folder")
     annotation = hparams["annotation"] or settings.get("test_annotation") or settings.get("valid_annotation")

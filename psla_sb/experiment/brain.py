@@ -132,8 +132,7 @@ class TaggingBrain(sb.Brain):
     @property
     def n_samples(self) -> int | None:
         """What the model takes of a clip; None if all of it."""
-        n_frames = getattr(self.hparams, "n_frames", None)
-        return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
+        return n_samples_for(getattr(self.hparams, "n_frames", None), getattr(self.hparams, "sample_rate", 16000))
 
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
@@ -186,9 +185,8 @@ class TaggingBrain(sb.Brain):
             logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
             self.zero_grad(set_to_none=True)
             self.optimizer_step += 1
-        if finite:
-            return
-        self.put_statistics_back()
+        if not finite:
+            self.put_statistics_back()
 
     def evaluate_batch(self, batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """As SpeechBrain's, after a look for broken sound files."""

@@ -126,7 +126,9 @@ def run(
     if options.clean is not None:
         truth = read_labels(options.clean)
         clean = truth.label_sets(vocabulary).take(manifest.rows_in(truth.table["ID"], options.clean))
-    check_relations(vocabulary, ontology, options.types)
+    # before hours of scoring
+    if not candidate_matrix(vocabulary, ontology, options.types).any():
+        raise InputError(f"the ontology relates none of the {len(vocabulary)} classes to another; is it that of this data set?")
     scores = teacher_scores(options.teacher, manifest, vocabulary, folder, hparams, run_opts, options.labels)
     if scores is None:
         return
@@ -136,12 +138,6 @@ def run(
     ]
     write_table(pa.Table.from_pylist(summary), folder / "summary.csv")
     print("\n".join(_lines(summary)) + f"\nWritten into {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-
-
-def check_relations(vocabulary: Vocabulary, ontology: Ontology, types: Sequence[str]) -> None:
-    """Refuses an ontology that says nothing about the classes, before hours of scoring."""
-    if not candidate_matrix(vocabulary, ontology, types).any():
-        raise InputError(f"the ontology relates none of the {len(vocabulary)} classes to another; is it that of this data set?")
 
 
 def teacher_scores(

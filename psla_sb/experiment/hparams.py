@@ -13,7 +13,7 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb.checkpoints.definitions import definitions_text, refer_to_plain_attributes
+from psla_sb.checkpoints.definitions import definitions_text, read_yaml, refer_to_plain_attributes
 from psla_sb.checkpoints.trust import as_names
 from psla_sb.dataio.dataset import CROPS
 from psla_sb.errors import InputError
@@ -24,21 +24,11 @@ from psla_sb.labels.vocabulary import Vocabulary
 PATH_KEYS = ("data_folder", "output_folder", "class_list", "train_annotation", "valid_annotation")
 REQUIRED_KEYS = (
     *PATH_KEYS,
-    *[
-        "seed",
-        "test_annotation",
-        "skip_prep",
-        "prepare",
-        "sample_rate",
-        "n_classes",
-        "n_frames",
-        "balanced_sampling",
-        "mixup_rate",
-        "label_enhancement",
-    ],
-    *["compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"],
-    *["batch_size", "valid_batch_size", "class_weight_offset", "draws_per_epoch", "replacement", "num_workers"],
-    *["average_start", "epoch_counter", "optimizer", "schedule", "train_logger", "checkpointer", "published"],
+    *("seed", "test_annotation", "skip_prep", "prepare", "sample_rate", "n_classes", "n_frames", "num_workers"),
+    *("compute_features", "mean_var_norm", "spec_augment", "embedding_model", "classifier", "modules"),
+    *("balanced_sampling", "class_weight_offset", "draws_per_epoch", "replacement", "mixup_rate", "label_enhancement"),
+    *("batch_size", "valid_batch_size", "optimizer", "schedule", "average_start"),
+    *("epoch_counter", "train_logger", "checkpointer", "published"),
 )
 
 
@@ -146,12 +136,7 @@ def load_hparams(
     ...
     psla_sb.errors.InputError: ...psla.yaml has no key 'batchsize'. Did you mean 'batch_size'?
     """
-    try:
-        keys = ruamel.yaml.YAML().load(Path(file).read_text(encoding="utf-8"))
-    except (ruamel.yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not a YAML file: {error}") from None
-    if not isinstance(keys, dict):
-        raise InputError(f"{file}: has no keys; recipes/AudioSet/hparams/psla.yaml is an example of a recipe's file")
+    keys = read_yaml(file)
     # every recipe can be told whom to trust, also by a YAML file of before there was such a key
     trust = as_names(overrides.get("trust", keys.get("trust")))
     overrides = {key: value for key, value in overrides.items() if key != "trust"}

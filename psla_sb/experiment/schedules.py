@@ -4,9 +4,11 @@ Source: "PSLA: Improving Audio Tagging with Pretraining, Sampling, Labeling, and
 TASLP vol. 29, 2021) and its published code.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 
+@dataclass(eq=False)
 class WarmupDecayScheduler:
     """Warms the rate up in stairs, linearly, and multiplies the current one by a factor every few epochs.
 
@@ -45,26 +47,17 @@ class WarmupDecayScheduler:
     ([0.0, 0.0, 0.05, 0.05, 0.1], 0.05)
     """
 
-    def __init__(
-        self,
-        lr: float,
-        decay_start: int,
-        warmup_steps: int = 1000,
-        warmup_interval: int = 50,
-        decay_interval: int = 5,
-        decay_factor: float = 0.5,
-    ):
-        if not (lr > 0 and decay_factor > 0 and warmup_steps >= 0 and warmup_interval >= 1 and decay_interval >= 1):
-            raise ValueError(
-                "lr and decay_factor must be positive, warmup_interval and decay_interval at least 1, warmup_steps at least "
-                f"0; got {lr=}, {decay_factor=}, {warmup_interval=}, {decay_interval=}, {warmup_steps=}"
-            )
-        self.lr = lr
-        self.decay_start = decay_start
-        self.warmup_steps = warmup_steps
-        self.warmup_interval = warmup_interval
-        self.decay_interval = decay_interval
-        self.decay_factor = decay_factor
+    lr: float
+    decay_start: int
+    warmup_steps: int = 1000
+    warmup_interval: int = 50
+    decay_interval: int = 5
+    decay_factor: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 < self.decay_factor and self.warmup_steps >= 0 and min(self.warmup_interval, self.decay_interval) >= 1):
+            least = "lr and decay_factor must be positive, warmup_interval and decay_interval at least 1, warmup_steps at least 0"
+            raise ValueError(f"{least}, not {self}")
 
     def on_step(self, optimizer: Any, step: int) -> None:
         """Sets the rate of all parameter groups, if this is a step at which warm-up does; `step` is 0 before the first batch."""

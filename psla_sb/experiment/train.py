@@ -58,7 +58,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     vocabulary = prepare(hparams)
     run_on_main(vocabulary.to_csv, [folder / CLASSES])
     # what cannot be trained, saved or exported is refused before the training, not after it
-    chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples_of(hparams))
+    n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+    chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
     for key in ("loss", "brain_class"):
@@ -99,11 +100,6 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     return results
 
 
-def n_samples_of(hparams: dict[str, Any]) -> int | None:
-    """Samples of a clip that the model takes; None if all of them."""
-    return None if hparams["n_frames"] is None else n_samples_for(hparams["n_frames"], hparams["sample_rate"])
-
-
 def tagging_dataset(name: str, hparams: dict[str, Any], vocabulary: Vocabulary) -> tuple[TaggingDataset, LabelSets]:
     """The data set of `train_annotation`, `valid_annotation` or `test_annotation`, and its labels.
 
@@ -116,8 +112,8 @@ def tagging_dataset(name: str, hparams: dict[str, Any], vocabulary: Vocabulary) 
     if name == "train" and hparams.get("teacher_scores") is not None:
         teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
     crop = crop_of("train_crop" if name == "train" else "eval_crop", hparams)
-    rate, seed = hparams["sample_rate"], hparams["seed"]
-    dataset = TaggingDataset(manifest, labels, len(vocabulary), rate, n_samples_of(hparams), teacher, crop, seed, compact=True)
+    rate, seed, n_samples = hparams["sample_rate"], hparams["seed"], n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+    dataset = TaggingDataset(manifest, labels, len(vocabulary), rate, n_samples, teacher, crop, seed, compact=True)
     return dataset, labels
 
 

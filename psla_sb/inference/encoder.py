@@ -55,7 +55,7 @@ class SoundEncoder(Pretrained):
         """Says how much of a clip the model takes, in samples: as much as it was trained on; None if all."""
         front_end = self.mods.compute_features
         n_frames = front_end.n_frames if isinstance(front_end, KaldiFbank) else getattr(self.hparams, "n_frames", None)
-        return None if n_frames is None else n_samples_for(n_frames, self.hparams.sample_rate)
+        return n_samples_for(n_frames, self.hparams.sample_rate)
 
     def features(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Computes normalised features `[batch, frames, mels]`; not finite where samples, or their energy, are not."""

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ruamel.yaml
-
+from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import read_results
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.tagger_folder import trust_options
-from psla_sb.files import atomic_write
+from psla_sb.files import write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.metrics import FIGURES
 
@@ -81,7 +80,7 @@ def export_model(
         name = f"epoch {weights}" if str(weights).isdecimal() else f"`{weights}`"
         figures = figures_table(read_results(model), weights)
     if source.hparams_file.is_file():
-        settings = settings_table(ruamel.yaml.YAML().load(source.hparams_file.read_text(encoding="utf-8")))
+        settings = settings_table(read_yaml(source.hparams_file))
     card = CARD.format(
         n_classes=len(vocabulary),
         weights=name,
@@ -92,8 +91,7 @@ def export_model(
         figures=figures,
         settings=settings,
     )
-    with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    write_file(folder / "README.md", card)
 
 
 def figures_table(results: Mapping[str, Any], weights: str | int) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write
+from psla_sb.files import write_file
 
 _HEADER_NAMES = {"index": "index", "mid": "mid", "display_name": "name", "label": "name", "name": "name"}
 _Rows = list[tuple[int, list[str]]]  # (line number, cells)
@@ -74,21 +74,19 @@ class Vocabulary:
         if not rows:
             raise InputError(f"{path}: a header but no classes")
 
-        by_index: dict[int, tuple[int, str, str]] = {}
+        classes = []
         for line, row in rows:
             if len(row) != width:
                 raise InputError(f"{path}, row {line}: {len(row)} columns instead of {width}; quote names that contain commas")
             index, mid, name = (row[columns[what]] for what in ("index", "mid", "name"))
             if not re.fullmatch("[0-9]+", index):
                 raise InputError(f"{path}, row {line}: the index is {index!r}, not a whole number")
-            if int(index) in by_index:
-                raise InputError(f"{path}, row {line}: the index {index} is there twice; number classes 0, 1, 2, ...")
-            by_index[int(index)] = (line, mid, name)
-        for expected, found in enumerate(sorted(by_index)):
+            classes.append((int(index), line, mid, name))
+        for expected, (found, line, *_) in enumerate(sorted(classes)):
             if found != expected:
-                where = f"{path}, row {by_index[found][0]}: the index {found} follows a gap, {expected} is missing"
-                raise InputError(f"{where}; number the classes 0, 1, 2, ...")
-        lines, mids, names = zip(*(by_index[i] for i in range(len(by_index))), strict=True)
+                wrong = "is there twice" if found < expected else f"follows a gap, {expected} is missing"
+                raise InputError(f"{path}, row {line}: the index {found} {wrong}; number the classes 0, 1, 2, ...")
+        _, lines, mids, names = zip(*sorted(classes), strict=True)
         if fault := _fault(mids, names):
             raise InputError(f"{path}, row {lines[fault[0]]}: {fault[1]}")
         return cls(mids, names)
@@ -97,8 +95,7 @@ class Vocabulary:
         """Writes AudioSet's format: header `index,mid,display_name`, every name quoted."""
         quoted = [name.replace('"', '""') for name in self.names]
         lines = [f'{i},{mid},"{name}"\n' for i, (mid, name) in enumerate(zip(self.mids, quoted, strict=True))]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(["index,mid,display_name\n", *lines]), encoding="utf-8", newline="\n")
+        write_file(path, "".join(["index,mid,display_name\n", *lines]))
 
     def index(self, mid: str) -> int:
         """Looks up a mid; the error for one that is not there suggests the nearest."""

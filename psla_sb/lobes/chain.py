@@ -80,7 +80,7 @@ def features(
     with full_float32(wavs.device):
         if isinstance(front_end, KaldiFbank):
             feats, n_frames = call(modules["compute_features"], wavs, wav_lens), front_end.n_frames
-            n_samples = None if n_frames is None else n_samples_for(n_frames, front_end.sample_rate)
+            n_samples = n_samples_for(n_frames, front_end.sample_rate)
         else:
             wavs = wavs if n_samples is None else F.pad(wavs, (0, n_samples - wavs.shape[1]))
             feats = call(modules["compute_features"], wavs, rescaled(lens, length, n_samples))
@@ -191,21 +191,20 @@ def check(modules: Mapping[str, Any], sample_rate: int, n_classes: int, n_sample
 
 def _check_statistics(modules: Mapping[str, Any], sample_rate: int, n_samples: int | None) -> None:
     """Refuses buffers that training changes and that are not saved: what was evaluated would not be what is loaded."""
-    copies = {name: copy.deepcopy(module) for name, module in modules.items()}
+    copies = copy.deepcopy(dict(modules))
     parts = [part for module in copies.values() if isinstance(module, nn.Module) for part in module.train().modules()]
-    buffers = [(part, name, part._buffers[name]) for part in parts for name in part._non_persistent_buffers_set]
-    before = [None if buffer is None else buffer.clone() for _, _, buffer in buffers]
+    buffers = [(part, name) for part in parts for name in part._non_persistent_buffers_set]
+    before = copy.deepcopy([part._buffers[name] for part, name in buffers])
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             probabilities(copies, _noise(2, n_samples or sample_rate), torch.ones(2), n_samples=n_samples)
         except Exception as error:  # other people's code
             raise InputError(f"the parts do not run in training: {type(error).__name__}: {error}") from error
-    for (part, name, _), value in zip(buffers, before, strict=True):
+    for (part, name), value in zip(buffers, before, strict=True):
         now = part._buffers[name]
-        if (now is None) != (value is None) or (now is not None and value is not None and not torch.equal(now, value)):
-            raise InputError(
-                f"{type(part).__qualname__} changes its buffer '{name}', which is not persistent: it would not be saved"
-            )
+        if now is not value and (now is None or value is None or not torch.equal(now, value)):
+            kind = type(part).__qualname__
+            raise InputError(f"{kind} changes its buffer '{name}', which is not persistent: it would not be saved")
 
 
 def _shape(x: Any) -> str:

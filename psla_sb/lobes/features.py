@@ -28,10 +28,10 @@ def n_frames_of(n_samples: Any, sample_rate: int = 16000) -> Any:
     return 1 + (n_samples >= length) * ((n_samples - length) // shift)
 
 
-def n_samples_for(n_frames: int, sample_rate: int = 16000) -> int:
-    """Gives the fewest samples that have `n_frames` frames, of which there is at least one."""
+def n_samples_for(n_frames: int | None, sample_rate: int = 16000) -> Any:
+    """Gives the fewest samples that have `n_frames` frames, of which there is at least one; None for None."""
     length, shift = frame_length_and_shift(sample_rate)
-    return (n_frames - 1) * shift + length
+    return None if n_frames is None else (n_frames - 1) * shift + length
 
 
 def true_lengths(wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.files import atomic_write
+from psla_sb.files import atomic_write, write_file
 
 logger = get_logger(__name__)
 
@@ -38,8 +38,7 @@ def write_annotation(annotation: Path, manifest: Manifest, left_out: Iterable[Se
     _stamp(annotation).unlink(missing_ok=True)
     listed = list_left_out(annotation, left_out)
     manifest.to_csv(annotation)
-    with atomic_write(_stamp(annotation)) as temporary:
-        temporary.write_text(made_from)
+    write_file(_stamp(annotation), made_from)
     return listed
 
 

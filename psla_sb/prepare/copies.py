@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from psla_sb.dataio.audio import AudioError, read_audio
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write, one_process
+from psla_sb.files import one_process, write_file
 
 FULL_SCALE = 2**15
 # FLAC of the lowest level, which is 4 % larger than by default, and is decoded in nine tenths of the time
@@ -99,6 +99,5 @@ def resample_clip(source: str, target: str, sample_rate: int = 16000) -> float:
     encoded = io.BytesIO()
     soundfile.write(encoded, samples.numpy(), sample_rate, subtype="PCM_16", **FORMATS[os.path.splitext(target)[1]])
     # what a killed process left unfinished, `tmp+...`, is replaced here when its clip is made again
-    with atomic_write(target) as temporary:
-        temporary.write_bytes(encoded.getvalue())
+    write_file(target, encoded.getvalue())
     return len(samples) / sample_rate

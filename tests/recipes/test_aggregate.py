@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -217,6 +218,7 @@ def test_batch_norm_statistics_can_be_estimated_anew(lively_runs, tmp_path):
         ({"output_folder": "3"}, "the key 'output_folder' must be a path"),
         ({"member": "last"}, "has no key 'member'. Did you mean 'members'?"),
         ({"runs": ["{a}/snapshots/epoch_01.safetensors", "{tmp}/classes"]}, "other classes than the class list"),
+        ({"runs": ["{tmp}/damaged"]}, "{tmp}/damaged/hyperparams.yaml: not a YAML file"),
     ],
 )
 def test_mistakes_are_named_and_overwrite_nothing(settings, message, lively_runs, tmp_path, capsys):
@@ -227,6 +229,7 @@ def test_mistakes_are_named_and_overwrite_nothing(settings, message, lively_runs
     lines = (lively_runs / "a" / "class_labels_indices.csv").read_text().splitlines()
     lines[1:3] = lines[2].replace("1,", "0,", 1), lines[1].replace("0,", "1,", 1)
     (other / "class_labels_indices.csv").write_text("\n".join(lines))
+    (shutil.copytree(other, tmp_path / "damaged") / "hyperparams.yaml").write_text("sample_rate: [")
     places = {"{tmp}": str(tmp_path), "{a}": str(lively_runs / "a")}
 
     def filled(value):
