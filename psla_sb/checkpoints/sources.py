@@ -62,7 +62,7 @@ class Source(ABC):
     @cached_property
     def padding(self) -> Any:
         """What an EfficientNet pads like; None if that is not known."""
-        encoder = read_definitions(self.hparams_file)["embedding_model"] if self.hparams_file.is_file() else None
+        encoder = read_yaml(self.hparams_file).get("embedding_model") if self.hparams_file.is_file() else None
         return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
 
     @abstractmethod
