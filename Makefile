@@ -1,11 +1,12 @@
 # `make demo` trains a tagger on the embedded data set and tags a file with it; `make test` runs all tests;
-# `make test-browser` runs those of the demo page, in Chromium. All set up .venv first, once.
+# `make test-slow` runs those that take minutes; `make test-browser` runs those of the demo page, in Chromium.
+# All set up .venv first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test test-browser lint
+.PHONY: demo test test-slow test-browser lint
 
 demo: .venv/installed
 	$(BIN)/python recipes/AudioSet/train.py hparams/mini.yaml
@@ -13,6 +14,9 @@ demo: .venv/installed
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=psla_sb -n 2 --dist loadfile
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 
 test-browser: .venv/installed
 	@command -v chromium || { command -v apt-get > /dev/null && $(ROOT) apt-get update -q && \

@@ -27,8 +27,10 @@ setup(
         "scikit-learn",
         "scipy",
         "soundfile>=0.13",
-        # it has no wheels for Linux on ARM; there libsndfile reads all files
-        "miniaudio>=1.71; platform_machine != 'aarch64'",
+        # FFmpeg's libraries, which its wheels contain
+        "av>=13",
+        # it has no wheels for Linux on ARM; there libsndfile reads all files. Its private functions are called
+        "miniaudio>=1.71,<2; platform_machine != 'aarch64'",
         "tqdm",
         "matplotlib",
     ],

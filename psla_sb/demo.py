@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 
-from psla_sb.dataio.audio import AUDIO_SUFFIXES, read_blocks
+from psla_sb.dataio.audio import AudioError, duration, read_blocks
+from psla_sb.dataio.containers import sounds_in
 from psla_sb.errors import InputError
 from psla_sb.inference.tagger import AudioTagger, Tag
-from psla_sb.inference.timeline import Timeline, events, top_classes
-from psla_sb.lobes.features import n_frames_of
+from psla_sb.inference.timeline import Timeline, events
 from psla_sb.plots.recording import overview
 
 WINDOW, HOP = 10.0, 1.0  # in seconds, of the timeline
@@ -28,10 +27,13 @@ N_CLASSES, THRESHOLD = 8, 0.5  # what the page begins with
 COLUMNS, WIDTHS = ["class", "from", "to", "score"], ["37%", "21%", "21%", "21%"]
 MAX_EVENTS, MAX_EXAMPLES = 1000, 12
 MAX_FILE_SIZE = "1gb"  # an hour in stereo at 44.1 kHz is a WAV file of 635 MB
-START = "<p>WAV, FLAC, MP3 or Ogg, up to 1 GB: an hour is not too long.</p>"
-WHOLE = "The tags are of the clip as a whole; the timeline hears a moment at a time, so its scores may differ."
-BEGINNING = "The tags are of the clip's beginning, as much as the model hears. It does not say when: there is no timeline."
-PEAKS = "That is longer than what the model hears at a time: the tags are each class's highest score along the timeline."
+START = "<p>A sound of any format, up to 1 GB: an hour is not too long.</p>"
+WHOLE = "The tags are of the clip as a whole"
+WINDOWS = (
+    "That is longer than what the model hears at a time: the tags are each class's highest score in windows that overlap by half"
+)
+MOMENTS = "; the timeline hears a moment at a time, so its scores may differ."
+NO_TIMES = ". The model does not say when: there is no timeline."
 KEPT = 4 * 3600  # seconds that a sound is kept for a page that is left open
 NO_GRADIO = """the demo page needs Gradio:
     pip install 'psla_sb[demo]'     or, in the repository, pip install -e '.[demo]'"""
@@ -61,7 +63,7 @@ class Heard(NamedTuple):
     name: str
     seconds: float
     whole: bool  # whether it is no longer than what the model hears at a time
-    tags: list[Tag]  # all classes, best first: of the clip as a whole, or each with its highest score along the timeline
+    tags: list[Tag]  # all classes, best first, as `AudioTagger.tag_file` gives them
     timeline: Timeline | None  # None for a model that says no times
     extremes: np.ndarray  # this and the next two: see `plots.recording.overview`
     energies: np.ndarray
@@ -74,21 +76,15 @@ def listen(tagger: AudioTagger, path: str | Path, progress: Callable[[float, str
     if tagger.has_timeline:
         with _counted(tagger, seconds, progress):
             timeline = tagger.tag_timeline(path, WINDOW, HOP)
-    # less than a frame of what the model takes may be lost
-    whole = n_frames_of(round(seconds * rate), rate) <= n_frames_of(tagger.n_samples or round(WINDOW * rate), rate)
-    if whole or timeline is None:
-        tags = tagger.tag_file(path, top_k=len(tagger.hparams.mids))
-    else:
-        best = top_classes(timeline, len(timeline.labels))
-        tags = [Tag(timeline.labels[c], timeline.mids[c], float(timeline.scores[:, c].max())) for c in best]
+    whole, tags = round(seconds * rate) <= tagger.longest, tagger.tag_file(path, top_k=len(tagger.labels))
     extremes, energies, column = overview(read_blocks(path, rate), rate, seconds)
     return Heard(Path(path).name, seconds, whole, tags, timeline, extremes.numpy(), energies.numpy(), column)
 
 
 def _seconds(path: str | Path) -> float:
     try:
-        return soundfile.info(str(path)).duration
-    except (soundfile.SoundFileError, OSError):
+        return duration(path)
+    except AudioError:
         # whoever reads the file says what is wrong
         return 0.0
 
@@ -134,7 +130,7 @@ def event_rows(heard: Heard, threshold: float) -> tuple[list[list[str]], int]:
 
 def note(heard: Heard) -> str:
     """Says on the page where the tags come from."""
-    return BEGINNING if heard.timeline is None else WHOLE if heard.whole else PEAKS
+    return (WHOLE if heard.whole else WINDOWS) + (NO_TIMES if heard.timeline is None else MOMENTS)
 
 
 def picture(heard: Heard, n_classes: int) -> Any:
@@ -249,7 +245,7 @@ def launch(
 
 def example_files(folder: str | Path) -> list[Path]:
     """Lists the first sound files of a folder, by name; if there are none, an InputError is raised."""
-    files = sorted(file for file in Path(folder).glob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    files = [file for file in map(Path, sounds_in(folder)) if file.parent == Path(folder)]
     if not files:
-        raise InputError(f"{folder}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")
+        raise InputError(f"{folder}: no sound files there")
     return files[:MAX_EXAMPLES]

@@ -86,7 +86,8 @@ def one_process(folder: str | Path) -> Iterator[None]:
     lock = Path(folder) / LOCK
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "w")  # noqa: SIM115
+        # what is in it stays
+        file = open(lock, "a")  # noqa: SIM115
     except OSError as error:
         raise InputError(f"{lock.parent}: cannot be written to ({error.strerror}); choose another folder") from None
     with file:

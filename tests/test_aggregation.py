@@ -187,7 +187,7 @@ def test_scores_are_those_of_each_model_alone(members, lively_runs, clips, tmp_p
     for name, source in members.items():
         tagger = AudioTagger.from_any(source, run_opts={"device": "cpu"})
         batches = [range(start, min(start + 6, 20)) for start in range(0, 20, 6)]
-        alone = torch.cat([tagger.tag_batch(*batch.sig) for batch in clip_loader(manifest, 16000, n_samples_for(48), batches)])
+        alone = torch.cat([tagger.score_batch(*batch.sig) for batch in clip_loader(manifest, 16000, n_samples_for(48), batches)])
         np.testing.assert_allclose(scores[name], alone, atol=1e-6)
         assert np.ptp(scores[name], axis=0).max() > 0.1
         assert scores[name].dtype == np.float32

@@ -187,7 +187,7 @@ NAN, INF = float("nan"), float("inf")
     ],
 )
 def test_tensors_that_are_refused(tagger, wavs, wav_lens):
-    for method in (tagger.tag_batch, tagger.classify_batch, tagger.encode_batch, tagger.scene_embeddings):
+    for method in (tagger.score_batch, tagger.classify_batch, tagger.encode_batch, tagger.scene_embeddings):
         with pytest.raises(ValueError, match=r"waveforms|wav_lens"):
             method(wavs, wav_lens)
 
@@ -213,7 +213,7 @@ def test_tensors_that_are_refused(tagger, wavs, wav_lens):
     ids=lambda wavs: f"{wavs.dtype} {list(wavs.shape)}",
 )
 def test_tensors_that_are_tagged(tagger, wavs):
-    scores = tagger.tag_batch(wavs)
+    scores = tagger.score_batch(wavs)
     assert scores.shape == (1 if wavs.ndim == 1 else len(wavs), 39)
     assert ((scores >= 0) & (scores <= 1)).all()
     assert torch.isfinite(tagger.scene_embeddings(wavs)).all()

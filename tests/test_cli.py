@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 
 from psla_sb.cli.tag import tag
 from psla_sb.dataio.manifest import Manifest
@@ -90,6 +92,7 @@ def test_folders_patterns_and_stdin(model, sounds, tmp_path, capsys, monkeypatch
     for name in ("a.flac", "deep/er/b.FLAC", "deep/c.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(sounds[0], tmp_path / name)
+    (tmp_path / "deep/c.txt").write_text("no sound")
     files = [str(tmp_path / "a.flac"), str(tmp_path / "deep/er/b.FLAC")]
     for argument in (tmp_path, f"{tmp_path}/**/*[a-zA-Z].[fF]*"):
         assert status_of(argument, "--model", model, "--format", "json", "--top-k", 1) == 0
@@ -193,3 +196,44 @@ def test_is_installed_as_psla_tag():
 
     (script,) = entry_points(group="console_scripts", name="psla-tag")
     assert script.load() is tag
+
+
+def test_names_of_any_kind(model, sounds, tmp_path, monkeypatch, capfd):
+    names = [b"-dash.wav", b"--x.wav", b"latin-\xe9.flac", b"line\nbreak.flac"]
+    for name in names:
+        shutil.copy(sounds[0], os.path.join(os.fsencode(tmp_path), name))
+    monkeypatch.chdir(tmp_path)
+    expected = None
+    for form in ("table", "json", "jsonl", "csv"):
+        for name in names:
+            assert status_of(os.fsdecode(name), "--model", model, "--format", form, "--top-k", 1) == 0
+            printed = capfd.readouterr().out
+            if form == "jsonl":
+                line = json.loads(printed)
+                assert os.fsencode(line["file"]) == name
+                assert expected in (None, line["rows"])
+                expected = line["rows"]
+    assert status_of(".", "--model", model, "--format", "json") == 0
+    assert len(json.loads(capfd.readouterr().out)) == 4
+
+
+def test_what_a_folder_has_that_cannot_be_read_is_named_and_counted(model, sounds, tmp_path, capsys):
+    shutil.copy(sounds[0], tmp_path / "a")
+    (tmp_path / "b.wma").write_bytes(b"0&\xb2u\x8ef\xcf\x11" + bytes(100))
+    (tmp_path / "c.m4a").write_text("no sound")
+    (tmp_path / "notes.md").write_text("no sound")
+    assert status_of(tmp_path, "--model", model) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == str(tmp_path / "a")
+    assert [line.split(": ")[1] for line in printed.err.splitlines()[:2]] == [str(tmp_path / "b.wma"), str(tmp_path / "c.m4a")]
+    assert printed.err.splitlines()[-1] == "2 of 3 files could not be tagged"
+
+
+def test_pool(model, sounds, tmp_path, capsys):
+    wave, rate = soundfile.read(sounds[0])
+    soundfile.write(tmp_path / "long.wav", np.concatenate([np.zeros(3 * rate), wave, np.zeros(rate)]), rate)
+    tagger = AudioTagger.from_folder(model)
+    for pool in ("max", "mean", "first"):
+        assert status_of(tmp_path / "long.wav", "--model", model, "--format", "jsonl", "--pool", pool) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert rows == [tag._asdict() for tag in tagger.tag_file(tmp_path / "long.wav", pool=pool)]

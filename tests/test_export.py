@@ -52,7 +52,7 @@ def test_onnx_takes_any_length_and_batch(exported, tiny_run, mini_data):
     wave = read_clip(manifest[0]["wav"])
     for wavs in (wave[None], wave[None, :1], wave[None, :399], wave[None, :3000], wave.repeat(5, 3), torch.zeros(1, 8000)):
         (scores,) = session.run(None, {"waveform": wavs.numpy()})
-        np.testing.assert_allclose(scores, tagger.tag_batch(wavs), atol=1e-4)
+        np.testing.assert_allclose(scores, tagger.score_batch(wavs), atol=1e-4)
 
 
 def sensitive_tagger(folder):
@@ -141,4 +141,4 @@ def test_onnx_keeps_the_shares_of_faint_attention(tiny_run, tmp_path):
     loudness = torch.logspace(-4, 0, 48000) * torch.tensor([[0.3], [1.0]])
     wavs = loudness * torch.randn(2, 48000, generator=torch.Generator().manual_seed(0))
     (scores,) = session.run(None, {"waveform": wavs.numpy()})
-    np.testing.assert_allclose(scores, tagger.tag_batch(wavs), atol=1e-4)
+    np.testing.assert_allclose(scores, tagger.score_batch(wavs), atol=1e-4)

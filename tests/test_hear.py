@@ -73,7 +73,7 @@ def test_a_short_sounds_scene_is_the_mean_of_its_true_steps(model):
 def test_the_model_follows_the_validator_to_its_device(model):
     model.to("cpu")
     assert model.tagger.device == "cpu"
-    assert model.tagger.tag_batch(noise(1, 0.5)).shape == (1, 39)
+    assert model.tagger.score_batch(noise(1, 0.5)).shape == (1, 39)
 
 
 def test_what_is_no_model(tmp_path):

@@ -212,7 +212,7 @@ def test_a_repository_is_loaded_at_the_revision_that_is_asked_for(tiny_run, tmp_
             tagger = AudioTagger.from_hparams("somebody/tagger", savedir=savedir, fetch_config=config)
             bias = load_weights(tmp_path / "models--somebody--tagger" / "snapshots" / revision / "classifier.ckpt")["cla.0.bias"]
             torch.testing.assert_close(tagger.mods.classifier.cla[0].bias, bias, rtol=0, atol=0)
-            assert len(tagger.tag_batch(torch.zeros(8000))[0]) == 39
+            assert len(tagger.score_batch(torch.zeros(8000))[0]) == 39
     with pytest.raises(Exception, match=r"cannot find|Cannot find"):
         AudioTagger.from_hparams(
             "somebody/tagger", fetch_config=FetchConfig(revision="c" * 40, huggingface_cache_dir=str(tmp_path), allow_network=False)
@@ -258,13 +258,13 @@ def test_every_way_to_a_score_gives_the_same(tagger, clips, tmp_path):
     lengths = torch.tensor([len(wave) for wave in waves])
     padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=0.5)
     ways = {
-        "batch": tagger.tag_batch(padded, lengths / lengths.max()),
+        "batch": tagger.score_batch(padded, lengths / lengths.max()),
         "classify_batch": tagger.classify_batch(padded, lengths / lengths.max())[0],
         "classify_file": torch.cat([tagger.classify_file(clip)[0] for clip in clips]),
         "encode": tagger.mods.classifier(tagger.encode_batch(padded, lengths / lengths.max())),
         "encode_file": tagger.mods.classifier(torch.cat([tagger.encode_file(clip) for clip in clips])),
         "forward": tagger(padded, lengths / lengths.max()),
-        "single": torch.cat([tagger.tag_batch(wave) for wave in waves]),
+        "single": torch.cat([tagger.score_batch(wave) for wave in waves]),
         "files": [scores_of(tagger, found.tags) for found in tagger.tag_files(clips, batch_size=3, top_k=39)],
         "workers": [scores_of(tagger, found.tags) for found in tagger.tag_files(clips, batch_size=2, num_workers=1, top_k=39)],
     }

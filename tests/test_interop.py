@@ -145,7 +145,7 @@ def test_probabilities_are_those_of_the_published_code(save, published_state, pa
 
 def test_official_checkpoints_are_padded_symmetrically_unless_told_otherwise(save, published_state, labels):
     tagger = AudioTagger.from_psla_checkpoint(save(published_state), labels=labels(200))
-    scores = torch.cat([tagger.tag_batch(torch.from_numpy(clip(i).astype("float32") / 32768)[None]) for i in (0, 1)])
+    scores = torch.cat([tagger.score_batch(torch.from_numpy(clip(i).astype("float32") / 32768)[None]) for i in (0, 1)])
     torch.testing.assert_close(scores[:, ::10], torch.tensor(PUBLISHED["symmetric"]), atol=1e-5, rtol=0)
 
 
@@ -362,7 +362,7 @@ def test_command_line_writes_a_tagger(save, labels, tmp_path, capsys, padding, n
         expected = pooling(encoder(feats(1, 200)))[0].clamp(0, 1)
     (tmp_path / "tagger").rename(tmp_path / "moved")
     for load in (AudioTagger.from_folder, lambda folder: AudioTagger.from_hparams(source=str(folder))):
-        tags = load(tmp_path / "moved").tag_file(tmp_path / "clip.wav", top_k=6)
+        tags = load(tmp_path / "moved").tag_file(tmp_path / "clip.wav", top_k=6, pool="first")
         scores = {tag.mid: tag.score for tag in tags}
         np.testing.assert_allclose([scores[f"/m/{i}"] for i in range(6)], expected, atol=1e-5)
         assert all(tag.label == f"Sound, number {tag.mid[3:]}" for tag in tags)

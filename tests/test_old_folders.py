@@ -145,7 +145,7 @@ def old_run(modules, tmp_path_factory):
 @pytest.mark.parametrize("load", [AudioTagger.from_folder, AudioTagger.from_hparams, AudioTagger.from_any])
 def test_a_taggers_folder_gives_the_scores_that_it_gave(load, old_tagger, wavs, expected):
     tagger = load(old_tagger)
-    np.testing.assert_allclose(tagger.tag_batch(wavs), expected, atol=1e-6)
+    np.testing.assert_allclose(tagger.score_batch(wavs), expected, atol=1e-6)
     assert [tagger.hparams.label_encoder.ind2lab[i] for i in range(2)] == ["Bell", "Rain"]
 
 
@@ -158,5 +158,5 @@ def test_a_runs_folder_gives_the_scores_that_it_gave(old_run, wavs, expected):
     taggers = [AudioTagger.from_experiment(old_run, weights) for weights in ("average", "best", "last", 1)]
     taggers += [AudioTagger.from_any(old_run), AudioTagger.from_snapshot(old_run / "snapshots" / "epoch_01.safetensors")]
     for tagger in taggers:
-        np.testing.assert_allclose(tagger.tag_batch(wavs), expected, atol=1e-6)
+        np.testing.assert_allclose(tagger.score_batch(wavs), expected, atol=1e-6)
         assert tagger.hparams.mids == ["/m/1", "/m/2"]

@@ -187,3 +187,30 @@ def test_nothing_to_do_and_wrong_arguments(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file/out: cannot be written to"):
         resample_clips(["a"], ["b.wav"], tmp_path / "file" / "out")
+
+
+def test_copies_of_another_resampler_are_made_anew_if_their_sources_are_there(tmp_path, caplog):
+    sources = [noise(tmp_path / f"{i}.wav") for i in range(3)]
+    targets, out = ["0.flac", "1.flac", "2.flac"], tmp_path / "out"
+    resample_clips(sources, targets, out, n_workers=1)
+    assert "are made anew" not in caplog.text
+    expected = [(out / name).read_bytes() for name in targets]
+
+    def times():
+        return [(out / name).stat().st_mtime_ns for name in targets]
+
+    made = times()
+    resample_clips(sources, targets, out, n_workers=1)
+    assert times() == made
+    # as another version left them: other samples, and no word of the resampler
+    for name in targets:
+        soundfile.write(out / name, np.zeros(4800), 16000)
+    old = (out / targets[2]).read_bytes()
+    (out / ".lock").write_text("")
+    os.unlink(sources[2])
+    resample_clips(sources, targets, out, n_workers=1)
+    assert [(out / name).read_bytes() for name in targets] == [*expected[:2], old]
+    assert caplog.text.count("copies that another resampler made are made anew, if their sources are there") == 1
+    made = times()
+    resample_clips(sources, targets, out, n_workers=1)
+    assert times() == made

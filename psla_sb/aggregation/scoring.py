@@ -22,6 +22,7 @@ from psla_sb.files import UNFINISHED, atomic_write, flush, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import new_array, stamp
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.lobes import chain
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
@@ -145,8 +146,8 @@ def _score_together(
             wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
             scores: dict[AudioTagger, torch.Tensor] = {}
             for same in front_ends.values():
-                feats, lens = same[0].features_and_lens(wavs, wav_lens)
-                scores |= {tagger: tagger.tag_features(feats, lens) for tagger in same}
+                by_tagger = _scores_of(same, wavs, wav_lens)
+                scores |= dict(zip(same, by_tagger.unbind(1), strict=True))
             for name, tagger in taggers.items():
                 out[name][batch.index] = scores[tagger].float().cpu().numpy()
             bar.update(len(batch.index))
@@ -155,6 +156,14 @@ def _score_together(
                 write_file(note, json.dumps({"batches": count}))
     _flush(out, paths)
     ddp_barrier()
+
+
+def _scores_of(taggers: Sequence[AudioTagger], wavs: torch.Tensor, wav_lens: torch.Tensor | None) -> torch.Tensor:
+    """Scores clips with taggers of one front end: `[batch, taggers, classes]`."""
+    if wav_lens is not None and taggers[0].n_samples is None:
+        return chain.by_length(lambda clips: _scores_of(taggers, clips, None), wavs, wav_lens)
+    feats, lens = taggers[0].features_and_lens(wavs, wav_lens)
+    return torch.stack([tagger.tag_features(feats, lens) for tagger in taggers], dim=1)
 
 
 def _flush(arrays: Mapping[str, np.memmap], paths: Mapping[str, Path]) -> None:

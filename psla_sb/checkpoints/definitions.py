@@ -16,7 +16,7 @@ from psla_sb.lobes.chain import MODULES, attribute
 
 # HyperPyYAML writes `!ref <module.name>` as the first of these; the second one reads nothing but numbers and texts.
 GETATTR, ATTRIBUTE = "!apply:getattr", "!apply:psla_sb.lobes.chain.attribute"
-PLAIN_KEYS = ("sample_rate", "n_frames")
+PLAIN_KEYS = ("sample_rate", "n_frames", "eval_crop")
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -50,8 +50,8 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
         definitions = {name: run[name] for name in ("sample_rate", *MODULES)}
     except KeyError as error:
         raise InputError(f"{file}: does not define a tagger: it lacks {error}") from None
-    if isinstance(run.get("n_frames"), int):
-        definitions = {"sample_rate": definitions.pop("sample_rate"), "n_frames": run["n_frames"], **definitions}
+    plain = {name: run[name] for name in PLAIN_KEYS if name == "sample_rate" or isinstance(run.get(name), int | str)}
+    definitions = plain | {name: definitions[name] for name in MODULES}
     refer_to_plain_attributes(definitions, run)
     for node in _nodes(definitions):
         if isinstance(node, dict) and node.get("pretrained") is not None:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import os
 import shutil
@@ -14,12 +15,14 @@ from typing import Any
 
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
-FILES = "WAV, FLAC, MP3 or Ogg, any sample rate; a folder, with all that is in it; a pattern; - for a WAV file on stdin"
+FILES = "sounds of any format, sample rate and length; a folder, with all sounds in it; a pattern; - for a sound on stdin"
 EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger sound.wav
   psla-tag --model results/psla/1/tagger recordings/ 'more/**/*.flac' --format jsonl > tags.jsonl
   psla-tag --model results/psla/1/tagger hour.mp3 --events --threshold 0.3 --plot hour.png
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
+
+A sound that is longer than what the model hears at a time is heard in windows that overlap by half; see --pool.
 
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
 
@@ -34,13 +37,20 @@ def tag(arguments: list[str] | None = None) -> None:
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="the least score of a tag; of an event, by default 0.5")
+    pool = "of a sound in several windows, a class's score is the windows' max, mean, or the first one's (default: %(default)s)"
+    parser.add_argument("--pool", choices=["max", "mean", "first"], default="max", help=pool)
     parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
     along = parser.add_mutually_exclusive_group()
     along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
     along.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    # what names a file is one, whatever it begins with
+    given = [_as_file(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+    options = parser.parse_args(given)
+    # names need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     if options.top_k < 1:
         parser.error("--top-k must be 1 or more")
     if options.threshold is not None and not 0 < options.threshold <= 1:
@@ -63,27 +73,33 @@ def tag(arguments: list[str] | None = None) -> None:
             # whoever read, such as `head`, has had enough; Python must not stumble over it once more at its exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             failed = True
+    if len(files) > 1 and failed:
+        print(f"{failed} of {len(files)} files could not be tagged", file=sys.stderr)
     sys.exit(1 if failed or missing else 0)
+
+
+def _as_file(argument: str) -> str:
+    return os.path.join(".", argument) if argument.startswith("-") and argument != "-" and os.path.exists(argument) else argument
 
 
 def _files(arguments: list[str], stdin: Path) -> tuple[dict[str, str], list[str]]:
     """{path: what the user calls it}, and what could not be found."""
-    from psla_sb.dataio.audio import AUDIO_SUFFIXES
+    from psla_sb.dataio.containers import sounds_in
 
     files: dict[str, str] = {}
     missing = []
     for argument in arguments:
-        found = {argument: argument}
+        found = {argument: argument.removeprefix("./") if argument.startswith("./-") else argument}
         if argument == "-":
             with open(stdin, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
             found = {str(stdin): "-"}
         elif os.path.isdir(argument):
-            found = {str(file): str(file) for file in sorted(Path(argument).rglob("*")) if file.suffix.lower() in AUDIO_SUFFIXES}
+            found = {file: file for file in sounds_in(argument)}
         elif glob.has_magic(argument) and not os.path.exists(argument):
             found = {file: file for file in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(file)}
         if not found:
-            missing.append(f"{argument}: no sound files ({', '.join(AUDIO_SUFFIXES)}) there")
+            missing.append(f"{argument}: no sound files there")
         files |= found
     return files, missing
 
@@ -95,7 +111,7 @@ def _answers(tagger: Any, files: dict[str, str], options: Namespace) -> Iterator
     from psla_sb.plots.recording import draw
 
     if not (options.timeline or options.events or options.plot):
-        for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold):
+        for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold, pool=options.pool):
             yield files[path], [one._asdict() for one in tags or ()], error and error.replace(path, files[path])
         return
     for path, name in files.items():
@@ -114,18 +130,18 @@ def _answers(tagger: Any, files: dict[str, str], options: Namespace) -> Iterator
                     for c in best
                 ]
             else:
-                rows = [one._asdict() for one in tagger.tag_file(path, options.top_k, options.threshold)]
+                rows = [one._asdict() for one in tagger.tag_file(path, options.top_k, options.threshold, options.pool)]
             yield name, rows, None
         except (InputError, OSError) as error:
             yield name, [], str(error).replace(path, name)
 
 
-def _print(answers: Iterable[Answer], form: str) -> bool:
-    """Prints the answers as they come, errors on stderr; whether there were any."""
-    failed, all_rows, table = False, {}, None
+def _print(answers: Iterable[Answer], form: str) -> int:
+    """Prints the answers as they come, errors on stderr; how many there were."""
+    failed, all_rows, table = 0, {}, None
     for name, rows, error in answers:
         if error:
-            failed = True
+            failed += 1
             print(f"error: {error}", file=sys.stderr)
         elif form == "table":
             print(name)

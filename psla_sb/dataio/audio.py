@@ -1,4 +1,4 @@
-"""Sound files as mono float waveforms at the model's sample rate, and one clear error for those that cannot be read."""
+"""Sounds as mono float waveforms at the model's sample rate, and one clear error for those that cannot be read."""
 
 import io
 import math
@@ -6,82 +6,93 @@ import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import soundfile
+import numpy as np
 import torch
 from torchaudio.transforms import Resample
 
-from psla_sb.dataio import packs
-from psla_sb.dataio.flac import read_flac
+from psla_sb.dataio import decoders, packs
+from psla_sb.dataio.containers import AudioError, warn
+from psla_sb.dataio.decoders import decoded
 from psla_sb.errors import InputError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg")
-# what soundfile raises for one broken file or another; MemoryError for headers that promise too much
-DECODING_ERRORS = (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError)
 SAMPLE_RATES = range(1_000, 1_000_001)  # in Hz; others come from broken headers
+NOT_FINITE = "samples that are not finite, or far outside of [-1, 1]"
+# Full scale is 1. What is beyond this may be samples of integers that were not divided by theirs, and far beyond it, is.
+LOUD, LOUDEST = 32.0, 1024.0
+# Of a resampler, also of what copies are made with. Up to 0.46 of the lower rate it keeps the level to 0.1 dB, and from 0.51 on
+# what is there is under -100 dB; torchaudio's own settings let through a third of the level right above the half.
+RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 64, "rolloff": 0.96, "resampling_method": "sinc_interp_kaiser", "beta": 10.0}
 
-
-class AudioError(InputError):
-    """Says which sound file cannot be used, and why."""
+AudioFile = str | Path | BinaryIO
 
 
 @lru_cache(maxsize=16)
 def _resampler(from_rate: int, to_rate: int) -> Resample:
     # The filter grows with both terms of the ratio: unrounded, a header with 44101 Hz in place of 44100 would cost gigabytes.
     terms = Fraction(*sorted((from_rate, to_rate))).limit_denominator(1000).as_integer_ratio()
-    return Resample(*(terms if from_rate < to_rate else terms[::-1]))
+    return Resample(*(terms if from_rate < to_rate else terms[::-1]), **RESAMPLING)
 
 
-def read_audio(path: str | Path, sample_rate: int = 16000) -> torch.Tensor:
+def read_audio(path: AudioFile, sample_rate: int = 16000) -> torch.Tensor:
     """Decodes a sound file, averages its channels and resamples it to `[samples]`, float32; full scale is 1.
 
     Arguments
     ---------
     path
-        A file that libsndfile reads: WAV, FLAC, MP3, Ogg and others; or a clip in a pack (see `psla_sb.dataio.packs`). Of a WAV
-        or MP3 file that was cut off, which libsndfile cannot tell from a shorter one, it is what is there.
+        A file of any format that libsndfile or FFmpeg reads: WAV, FLAC, MP3, Ogg, M4A, WebM, WMA and others, also the sound of a
+        film; or a clip in a pack (see `psla_sb.dataio.packs`); or a file object. Of WAV and MP3 files that just end, it is what is
+        there, and a warning.
     sample_rate
         Of the result, in Hz.
 
     Raises
     ------
     AudioError
-        The file is missing, is not a regular file, is not sound, has no samples, has samples that are not numbers, or a sample
-        rate that no sound has.
+        The file is missing, is not a regular file, is not sound, is damaged, ends early, has no samples, has samples that are not
+        numbers or far beyond full scale, or a sample rate that no sound has.
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "stereo.wav"
     >>> soundfile.write(path, [[0.0, 0.0]] * 44100, 44100)
     >>> read_audio(path).shape
     torch.Size([16000])
     """
-    return as_floats(_read(path, sample_rate))
+    return as_floats(_read(*_source(path), sample_rate))
 
 
-def _read(path: str | Path, sample_rate: int) -> torch.Tensor:
+def _read(path: str, source: str | io.BytesIO, sample_rate: int) -> torch.Tensor:
     """Does the work of `read_audio`, but leaves the int16 samples of a file in one channel at this rate as they are."""
-    source = _source(path)
-    try:
-        wave, rate = _decoded(source)
-    except DECODING_ERRORS as error:
-        raise _undecoded(path, error) from None
-    _check_rate(path, rate)
-    if len(wave) == 0:
+    pieces = list(decoded(path, source, seconds=600.0))
+    if all(rate == sample_rate and piece.dtype == torch.int16 and piece.shape[1] == 1 for rate, piece in pieces):
+        waves = [piece[:, 0] for _, piece in pieces]
+    else:
+        waves = []
+        for rate, group in groupby(pieces, key=lambda piece: piece[0]):
+            _check_rate(path, rate)
+            wave = _joined([_mono(path, as_floats(piece)) for _, piece in group])
+            waves.append(wave if rate == sample_rate or not len(wave) else _resampler(rate, sample_rate)(wave))
+    if not any(map(len, waves)):
         raise AudioError(f"{path}: has no samples")
-    if wave.dtype == torch.int16 and wave.shape[1] == 1 and rate == sample_rate:
-        return wave[:, 0]
-    wave = _mono(path, as_floats(wave))
-    return wave if rate == sample_rate else _resampler(rate, sample_rate)(wave)
+    return _joined(waves)
 
 
-def _source(path: str | Path) -> str | io.BytesIO:
-    """Gives what is to be decoded: the file of this name, or the bytes of a clip in a pack."""
+def _joined(waves: list[torch.Tensor]) -> torch.Tensor:
+    return waves[0] if len(waves) == 1 else torch.cat(waves)
+
+
+def _source(path: AudioFile) -> tuple[str, str | io.BytesIO]:
+    """Gives what messages call a sound, and what is decoded: a file's name, or the bytes of a file object or a clip in a pack."""
+    if not isinstance(path, str | os.PathLike):
+        return named(path), path if isinstance(path, io.BytesIO) else io.BytesIO(path.read())
     if (place := packs.locate(path)) and os.path.isfile(place.pack):
         try:
-            return io.BytesIO(packs.read(place))
+            return str(path), io.BytesIO(packs.read(place))
         except (OSError, EOFError) as error:
             raise AudioError(f"{path}: cannot be read from its pack ({getattr(error, 'strerror', error)})") from None
     # only a regular file is opened: a pipe or a device would keep the reader for ever
@@ -91,17 +102,26 @@ def _source(path: str | Path) -> str | io.BytesIO:
             raise AudioError(f"{path}: no such file; if {parent} is a pack, a clip in it is called {parent}/<offset>+<size>")
         folder = "is a folder, not a sound file" if os.path.isdir(path) else "is a device or a pipe, not a sound file"
         raise AudioError(f"{path}: {folder if os.path.exists(path) else 'no such file'}")
-    return str(path)
+    return str(path), str(path)
 
 
-def _decoded(source: str | io.BytesIO) -> tuple[torch.Tensor, int]:
-    """Gives `[samples, channels]`, int16 or float32, and the sample rate."""
-    if (flac := read_flac(source)) is not None:
-        return flac
-    with soundfile.SoundFile(source) as file:
-        # libsndfile makes the same floats of 16 bits as `as_floats`, in more time
-        is_16_bit = file.format in ("WAV", "WAVEX", "FLAC") and file.subtype == "PCM_16"
-        return torch.from_numpy(file.read(dtype="int16" if is_16_bit else "float32", always_2d=True)), file.samplerate
+def named(source: Any) -> str:
+    """What messages call a sound: its path, a file object's name, or just that."""
+    return str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "the sound"))
+
+
+def duration(path: AudioFile) -> float:
+    """Finds out how many seconds of sound a file has, without decoding it if its header can be believed; errors as of `read_audio`.
+
+    Example
+    -------
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, [0.0] * 8000, 16000)
+    >>> duration(path)
+    0.5
+    """
+    return decoders.duration(*_source(path))
 
 
 def as_floats(samples: torch.Tensor) -> torch.Tensor:
@@ -109,55 +129,93 @@ def as_floats(samples: torch.Tensor) -> torch.Tensor:
     return samples.float().mul_(2**-15) if samples.dtype == torch.int16 else samples
 
 
-def _undecoded(path: str | Path, error: Exception) -> AudioError:
-    return AudioError(f"{path}: cannot be decoded as sound ({getattr(error, 'error_string', error)})")
-
-
-def _check_rate(path: str | Path, rate: int) -> None:
+def _check_rate(path: Any, rate: int) -> None:
     if rate not in SAMPLE_RATES:
         raise AudioError(f"{path}: has a sample rate of {rate} Hz in its header, which cannot be right")
 
 
-def _mono(path: str | Path, wave: torch.Tensor) -> torch.Tensor:
+def _mono(path: Any, wave: torch.Tensor) -> torch.Tensor:
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(dim=1)
-    # the sum is not finite if any sample is not, and takes a fifth of the time
-    if not torch.isfinite(wave.sum()) and not torch.isfinite(wave).all():
-        raise AudioError(f"{path}: has samples that are not finite numbers")
+    if len(wave):
+        check_scale(path, wave)
     return wave
 
 
-def read_blocks(path: str | Path, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
-    """Decodes a sound file of any length in pieces of `seconds`, each `[samples]`, float32.
+def check_scale(source: Any, wave: torch.Tensor) -> None:
+    """Refuses samples that are not finite or far beyond full scale, and warns of those that are beyond it for no good reason."""
+    least, most = torch.aminmax(wave)
+    peak = torch.maximum(-least, most).item()
+    remedy = f"up to {peak:.4g}; divide what were integers by their full scale"
+    if not peak <= LOUDEST:
+        raise AudioError(f"{source}: {NOT_FINITE}: {remedy}")
+    if peak > LOUD:
+        warn(f"{source}: samples far outside of [-1, 1]: {remedy}")
 
-    The pieces, joined, are what `read_audio` returns, with the same arguments and errors, if the file is not damaged.
+
+def to_waveform(samples: Any, sample_rate: int, to_rate: int = 16000) -> torch.Tensor:
+    """Converts samples in memory to what `read_audio` gives of a file.
+
+    Arguments
+    ---------
+    samples
+        `[samples]`, `[samples, channels]` or `[channels, samples]`, of which the smaller number is the channels': integers of the
+        whole range of their type, or floats in [-1, 1].
+    sample_rate, to_rate
+        Theirs and the result's, in Hz.
+
+    Raises
+    ------
+    InputError
+        They are of another shape or type, none, not finite, or far beyond full scale.
 
     Example
     -------
+    >>> to_waveform(np.full((44100, 2), 2**14, np.int16), 44100)[8000]
+    tensor(0.5000)
+    """
+    if isinstance(samples, torch.Tensor):
+        samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
+    array = np.asarray(samples)
+    if array.ndim not in (1, 2) or not array.size or array.dtype.kind not in "iuf":
+        raise InputError(
+            f"an array of sound is [samples] or [samples, channels], of numbers, not {array.dtype} {list(array.shape)}"
+        )
+    if array.dtype.kind in "iu":
+        scale = 2.0 ** (8 * array.itemsize - 1)
+        array = array / scale - (array.dtype.kind == "u")
+    wave = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    wave = wave[:, None] if wave.dim() == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
+    _check_rate("an array of sound", sample_rate)
+    wave = _mono("an array of sound", wave)
+    return wave if sample_rate == to_rate else _resampler(sample_rate, to_rate)(wave)
+
+
+def read_blocks(path: AudioFile, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
+    """Decodes a sound file of any length in pieces of about so many seconds, each `[samples]`, float32.
+
+    The pieces, joined, are what `read_audio` returns, with the same arguments and errors.
+
+    Example
+    -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "long.wav"
     >>> soundfile.write(path, [[0.0, 0.0]] * 44100 * 25, 44100)
     >>> sum(len(block) for block in read_blocks(path))
     400000
     """
-    blocks = _decoded_blocks(path, seconds)
-    rate, n_samples = next(blocks), 0
-    _check_rate(path, rate)
-    for block in blocks if rate == sample_rate else resampled(blocks, _resampler(rate, sample_rate)):
-        n_samples += len(block)
-        yield block
+    yield from _blocks(*_source(path), sample_rate, seconds)
+
+
+def _blocks(path: str, source: str | io.BytesIO, sample_rate: int, seconds: float) -> Iterator[torch.Tensor]:
+    n_samples = 0
+    for rate, group in groupby(decoded(path, source, seconds), key=lambda piece: piece[0]):
+        _check_rate(path, rate)
+        blocks = (_mono(path, as_floats(piece)) for _, piece in group)
+        for block in blocks if rate == sample_rate else resampled(blocks, _resampler(rate, sample_rate)):
+            n_samples += len(block)
+            yield block
     if n_samples == 0:
         raise AudioError(f"{path}: has no samples")
-
-
-def _decoded_blocks(path: str | Path, seconds: float) -> Iterator[Any]:
-    """Yields the sample rate, then the pieces in mono."""
-    source = _source(path)
-    try:
-        with soundfile.SoundFile(source) as file:
-            yield file.samplerate
-            while len(block := file.read(max(1, round(seconds * file.samplerate)), dtype="float32", always_2d=True)):
-                yield _mono(path, torch.from_numpy(block))
-    except DECODING_ERRORS as error:
-        raise _undecoded(path, error) from None
 
 
 def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[torch.Tensor]:
@@ -170,6 +228,10 @@ def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[to
     #   yielded                 |-------- new --------|
     #   next time                             |-- context --|--- ...
     period_in, period_out = resample.orig_freq, resample.new_freq
+    if period_in == period_out:
+        # rates that are nearly the same
+        yield from blocks
+        return
     context = resample.width // period_in + 2  # periods
     signal, done = torch.zeros(0), 0
     for block in blocks:
@@ -191,6 +253,7 @@ def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None 
 
     Example
     -------
+    >>> import soundfile
     >>> path = getfixture("tmp_path") / "clip.wav"
     >>> soundfile.write(path, [0.5] * 100 + [0.0] * 300, 16000)
     >>> read_clip(path, n_samples=200)[[0, 150]]
@@ -199,14 +262,31 @@ def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None 
     return centred(*read_samples(path, sample_rate, n_samples, place))
 
 
+def read_if_short(path: AudioFile, sample_rate: int, n_samples: int) -> tuple[torch.Tensor, float] | None:
+    """Reads what `read_samples` does of a clip of at most `n_samples`; gives None for a longer one, of which it reads no more."""
+    name, source = _source(path)
+    seconds = decoders.known_duration(name, source)
+    if seconds is not None and seconds * sample_rate <= n_samples:
+        return _less_mean(_read(name, source, sample_rate))
+    blocks, n_read = [], 0
+    for block in _blocks(name, source, sample_rate, n_samples / sample_rate):
+        blocks.append(block)
+        n_read += len(block)
+        if n_read > n_samples:
+            return None
+    return _less_mean(torch.cat(blocks))
+
+
+def _less_mean(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Subtracts the mean of floats; of int16 samples it is left to `centred`."""
+    return (samples, math.nan) if samples.dtype == torch.int16 else (samples - samples.mean(), 0.0)
+
+
 def read_samples(
-    path: str | Path, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0
+    path: AudioFile, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0
 ) -> tuple[torch.Tensor, float]:
     """Reads what `read_clip` does, as `[samples]` in as few bytes as it takes (int16 if possible), and the mean for `centred`."""
-    samples, mean = _read(path, sample_rate), math.nan
-    if samples.dtype != torch.int16:
-        samples -= samples.mean()
-        mean = 0.0
+    samples, mean = _less_mean(_read(*_source(path), sample_rate))
     if n_samples is not None and len(samples) > n_samples:
         # of the whole clip: `centred` sees only what is kept
         mean = _mean(samples, len(samples)).item() if math.isnan(mean) else mean

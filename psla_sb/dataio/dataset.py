@@ -3,28 +3,33 @@
 A worker decodes and cuts; means are subtracted and features are computed on the device, a whole batch at a time.
 """
 
+import atexit
+import contextlib
 import ctypes
 import gc
+import os
+import re
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from psla_sb.dataio.audio import AudioError, centred, read_samples
+from psla_sb.dataio.audio import AudioError, centred, read_if_short, read_samples
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
+from psla_sb.errors import InputError
 from psla_sb.labels.label_sets import LabelSets
 
 STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
 OUTPUT_KEYS = ["id", "index", "target", "partner", "error"]
-CROPS = {"first": 0.0, "centre": 0.5, "random": None}
+CROPS: dict[str, Any] = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
 # of glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -69,7 +74,7 @@ class TaggingDataset(DynamicItemDataset):
         n_classes: int,
         sample_rate: int = 16000,
         n_samples: int | None = None,
-        teacher: np.ndarray | None = None,
+        teacher: Any = None,
         crop: str = "first",
         seed: int = 0,
         redraw: Callable[[Draw, int], Draw] | None = None,
@@ -79,29 +84,38 @@ class TaggingDataset(DynamicItemDataset):
             raise ValueError(f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         # SpeechBrain's own __init__ makes a dictionary of all rows
         self.data, self.data_ids, self.redraw, self.compact = manifest, range(len(manifest)), redraw, compact
-
-        def audio(wav, epoch, position):
-            place = draw_rng(seed, epoch, position, CROP).random() if crop == "random" else CROPS[crop]
-            try:
-                return *read_samples(wav, sample_rate, n_samples, place), None
-            except AudioError as error:
-                return torch.zeros(1, dtype=torch.int16), 0.0, str(error)
-
-        def target(index):
-            return torch.zeros(n_classes).index_fill_(0, torch.from_numpy(label_sets[index]).long(), 1.0)
-
-        def scores(index):
-            # a copy: the row of a memory-mapped file may be read-only
-            return torch.from_numpy(np.array(teacher[index]))
-
+        self.label_sets, self.n_classes, self.sample_rate, self.n_samples = label_sets, n_classes, sample_rate, n_samples
+        self.teacher, self.crop, self.seed = teacher, crop, seed
+        # methods, and no functions made here: those could not be sent to a worker that is not forked
         items = [
-            {"func": audio, "takes": ["wav", "epoch", "position"], "provides": ["samples", "mean", "error"]},
+            {"func": self._audio, "takes": ["wav", "epoch", "position"], "provides": ["samples", "mean", "error"]},
             {"func": centred, "takes": ["samples", "mean"], "provides": "sig"},
-            {"func": target, "takes": "index", "provides": "target"},
-            {"func": scores, "takes": "index", "provides": "teacher"},
+            {"func": self._target, "takes": "index", "provides": "target"},
+            {"func": self._scores, "takes": "index", "provides": "teacher"},
         ]
         outputs = [*OUTPUT_KEYS, *(["samples", "mean"] if compact else ["sig"]), *([] if teacher is None else ["teacher"])]
         self.pipeline = DataPipeline(STATIC_KEYS, items, outputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a mapped file would be sent with all that is in it
+        mapped = isinstance(self.teacher, np.memmap)
+        return {**self.__dict__, "teacher": self.teacher.filename} if mapped else self.__dict__
+
+    def _audio(self, wav: str, epoch: int, position: int) -> tuple[torch.Tensor, float, str | None]:
+        place = draw_rng(self.seed, epoch, position, CROP).random() if self.crop == "random" else CROPS[self.crop]
+        try:
+            return *read_samples(wav, self.sample_rate, self.n_samples, place), None
+        except AudioError as error:
+            return torch.zeros(1, dtype=torch.int16), 0.0, str(error)
+
+    def _target(self, index: int) -> torch.Tensor:
+        return torch.zeros(self.n_classes).index_fill_(0, torch.from_numpy(self.label_sets[index]).long(), 1.0)
+
+    def _scores(self, index: int) -> torch.Tensor:
+        if isinstance(self.teacher, str | os.PathLike):
+            self.teacher = np.load(self.teacher, mmap_mode="r")
+        # a copy: the row of a memory-mapped file may be read-only
+        return torch.from_numpy(np.array(self.teacher[index]))
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
@@ -127,6 +141,40 @@ def clip_loader(
     return DataLoader(clips, batch_sampler=batches, collate_fn=ClipBatch, num_workers=num_workers, worker_init_fn=init_worker)
 
 
+class ShortClips(Dataset):
+    """Gives sound files of at most `n_samples`, for a `ClipBatch`; an item of a longer one has `longer` and no samples."""
+
+    def __init__(self, files: Sequence[str], sample_rate: int, n_samples: int) -> None:
+        self.files, self.sample_rate, self.n_samples = files, sample_rate, n_samples
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        clip, error = None, None
+        try:
+            clip = read_if_short(self.files[row], self.sample_rate, self.n_samples)
+        except AudioError as refused:
+            error = str(refused)
+        samples, mean = clip or (torch.zeros(1, dtype=torch.int16), 0.0)
+        longer = clip is None and error is None
+        return {"index": row, "samples": samples, "mean": mean, "error": error, "longer": longer}
+
+
+@contextlib.contextmanager
+def shared_memory() -> Iterator[None]:
+    """Turns what PyTorch says when workers have too little memory to share into an error that says what to do."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        if not re.search(r"shared memory|/torch_[0-9]+_[0-9]+|Bus error", text):
+            raise
+        remedy = "start the container with --shm-size=8g, or let the process itself read, with --num_workers=0"
+        first = text.partition("\n")[0]
+        raise InputError(f"the workers that read sounds have too little shared memory (/dev/shm): {remedy} ({first})") from error
+
+
 def init_worker(worker_id: int) -> None:
     """Prepares a loader's worker process (`worker_init_fn`); the process that trains must then call `end_workers`."""
     # only the process that trains decides what an interrupt means
@@ -146,3 +194,7 @@ def end_workers() -> None:
     for candidate in gc.get_objects():
         if type(candidate) is _MultiProcessingDataLoaderIter:
             candidate._shutdown_workers()
+
+
+# A program that ends in the middle of a loader's batches: what Python does at its exit would wait for the workers for ever.
+atexit.register(end_workers)

@@ -1,5 +1,6 @@
 """FLAC of 16 bits in half the time that libsndfile takes, by miniaudio's decoder; libsndfile is for all that this one leaves."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -7,7 +8,11 @@ import torch
 
 try:
     from miniaudio import ffi, lib
-except ImportError:  # where its author builds no wheels, such as on Linux on ARM
+
+    for name in ("ma_dr_flac_open_memory", "ma_dr_flac_read_pcm_frames_s16", "ma_dr_flac_close"):
+        getattr(lib, name)
+# where its author builds no wheels, such as on Linux on ARM, or calls these functions otherwise
+except (ImportError, AttributeError):
     lib = None
 
 SIGNATURE = b"fLaC"
@@ -50,12 +55,16 @@ def read_flac(source: str | io.BytesIO) -> tuple[torch.Tensor, int] | None:
 
 
 def _bytes_of(source: str | io.BytesIO) -> bytes | None:
-    """Gives all of a FLAC file, and nothing of another one."""
-    if isinstance(source, io.BytesIO):
-        return source.getvalue() if source.getvalue().startswith(SIGNATURE) else None
+    """Gives all of a FLAC file of 16 bits that is not too long, and nothing of another one."""
     try:
-        with open(source, "rb", buffering=0) as file:
-            if file.read(len(SIGNATURE)) != SIGNATURE:
+        with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb", buffering=0) as file:
+            file.seek(0)
+            head = file.read(26)
+            if not head.startswith(SIGNATURE) or len(head) < 26:
+                return None
+            # 20 bits of the rate, 3 of the channels, 5 of the bits, and 36 of the samples
+            fields = int.from_bytes(head[18:26], "big")
+            if fields >> 36 & 31 != 15 or not 0 < fields % 2**36 <= MOST_FRAMES:
                 return None
             file.seek(0)
             return file.read()

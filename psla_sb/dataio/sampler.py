@@ -70,6 +70,8 @@ class BalancedSampler(ReproducibleWeightedRandomSampler):
                 "weight: lower num_samples or draw with replacement"
             )
         super().__init__(weights, num_samples, replacement, seed=seed, epoch=epoch)
+        # its parent's is not used, and could not be sent to a worker that is not forked
+        self.generator = None
 
     def draw(self) -> np.ndarray:
         """Draws the clips of the current epoch, int64 `[num_samples]`."""

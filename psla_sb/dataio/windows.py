@@ -1,7 +1,7 @@
 """Signals of any length in overlapping windows, and the values of the windows joined into one curve."""
 
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,32 @@ def windows(blocks: Iterable[torch.Tensor], length: int, hop: int) -> Iterator[t
             yield signal[..., :length]
             signal = signal[..., hop:]
     yield signal
+
+
+def covering(blocks: Iterable[torch.Tensor], length: int, hop: int, longest: int = 0) -> Iterator[torch.Tensor]:
+    """Cuts a signal that comes in pieces `[samples]` into windows `[length]`, `hop` apart, of which the last ends where it ends.
+
+    A signal that is not longer than a window, or than `longest`, is yielded as it is.
+
+    >>> [window.tolist() for window in covering([torch.arange(3), torch.arange(3, 8)], length=4, hop=2)]
+    [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
+    >>> [window.tolist() for window in covering([torch.arange(5)], length=4, hop=2)]
+    [[0, 1, 2, 3], [1, 2, 3, 4]]
+    """
+    blocks = iter(blocks)
+    start = next(blocks)
+    while len(start) <= max(length, longest):
+        block = next(blocks, None)
+        if block is None:
+            yield start
+            return
+        start = torch.cat([start, block])
+    before = None
+    blocks = chain([start], blocks)
+    for window in windows(blocks, length, hop):
+        # only the last one can be shorter
+        yield window if before is None or len(window) == length else torch.cat([before[:hop], window])[-length:]
+        before = window
 
 
 def batches(tensors: Iterable[torch.Tensor], size: int) -> Iterator[torch.Tensor]:

@@ -25,7 +25,6 @@ from psla_sb.dataio.bad_clips import audio_check, check_audio
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.lobes import chain
-from psla_sb.lobes.features import n_samples_for
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
 logger = get_logger(__name__)
@@ -89,7 +88,10 @@ class TaggingBrain(sb.Brain):
     def scores(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
         """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation."""
         # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
-        return chain.probabilities(self.hparams.modules, wavs, wav_lens, n_samples=self.n_samples)
+        modules = self.hparams.modules
+        if self.n_samples is None:
+            return chain.by_length(lambda clips: chain.probabilities(modules, clips), wavs, wav_lens)
+        return chain.probabilities(modules, wavs, wav_lens, n_samples=self.n_samples)
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> tuple[Tensor, Tensor]:
         """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
@@ -132,7 +134,8 @@ class TaggingBrain(sb.Brain):
     @property
     def n_samples(self) -> int | None:
         """What the model takes of a clip; None if all of it."""
-        return n_samples_for(getattr(self.hparams, "n_frames", None), getattr(self.hparams, "sample_rate", 16000))
+        n_frames, rate = getattr(self.hparams, "n_frames", None), getattr(self.hparams, "sample_rate", 16000)
+        return chain.n_samples_of(self.hparams.modules, n_frames, rate)
 
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].

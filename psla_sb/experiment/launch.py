@@ -13,7 +13,7 @@ from speechbrain.utils.distributed import ddp_init_group, if_main_process
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.dataio.audio import AudioError
-from psla_sb.dataio.dataset import end_workers
+from psla_sb.dataio.dataset import end_workers, shared_memory
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.experiment.hparams import CommandLine
 
@@ -54,7 +54,8 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"--device={run_opts.device} cannot be used: {reason}") from None
-        job(Path(file) if Path(file).is_file() else beside, run_opts, overrides)
+        with shared_memory():
+            job(Path(file) if Path(file).is_file() else beside, run_opts, overrides)
     except Interrupted:
         if if_main_process():
             print("Interrupted, and saved. The same command goes on from here.", file=sys.stderr)

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psla_sb.checkpoints.weights import move_statistics
-from psla_sb.dataio.audio import read_clip
-from psla_sb.dataio.windows import overlapped, windows
+from psla_sb.dataio.audio import NOT_FINITE, check_scale, read_blocks
+from psla_sb.dataio.windows import covering, overlapped, windows
 from psla_sb.errors import InputError
 from psla_sb.lobes import chain
 from psla_sb.lobes.efficientnet import EfficientNetEncoder, fold_norms
-from psla_sb.lobes.features import KaldiFbank, n_frames_of, n_samples_for, true_lengths
+from psla_sb.lobes.features import KaldiFbank, frame_length_and_shift, n_frames_of, true_lengths
 
 # That a CPU encodes at a time. With more, activations pass the 32 MB up to which glibc keeps freed memory for the next layer, and
 # asking the system for fresh pages takes a third of the time.
 CPU_FRAMES = 2112
-NOT_FINITE = "samples that are not finite, or far outside of [-1, 1]"
+WINDOW = 10.0  # seconds
+# What has no more columns, and no fewer rows, is taken for a waveform the wrong way round.
+MOST_CHANNELS, LEAST_SAMPLES = 8, 256
 
 FeaturesAndLens = tuple[Tensor, Tensor | None]  # [batch, frames, mels]; relative lengths, [batch]
 FeatureMap = Tensor | tuple[Tensor, ...]  # [batch, channels, freq, steps] or [batch, channels, steps]; an ensemble gives several
@@ -53,9 +55,18 @@ class SoundEncoder(Pretrained):
     @property
     def n_samples(self) -> int | None:
         """Says how much of a clip the model takes, in samples: as much as it was trained on; None if all."""
-        front_end = self.mods.compute_features
-        n_frames = front_end.n_frames if isinstance(front_end, KaldiFbank) else getattr(self.hparams, "n_frames", None)
-        return n_samples_for(n_frames, self.hparams.sample_rate)
+        return chain.n_samples_of(self.mods, getattr(self.hparams, "n_frames", None), self.hparams.sample_rate)
+
+    @property
+    def window(self) -> int:
+        """Says how many samples the model hears at a time: `n_samples`, or 10 s where a model takes any length."""
+        return self.n_samples or round(WINDOW * self.hparams.sample_rate)
+
+    @property
+    def longest(self) -> int:
+        """Says how many samples of a clip the model hears in one `window`; less than a frame may be left over."""
+        _, shift = frame_length_and_shift(self.hparams.sample_rate)
+        return self.window + (shift - 1 if self.n_samples else 0)
 
     def features(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Computes normalised features `[batch, frames, mels]`; not finite where samples, or their energy, are not."""
@@ -63,20 +74,29 @@ class SoundEncoder(Pretrained):
 
     def features_and_lens(self, wavs: Tensor, wav_lens: Tensor | None = None) -> FeaturesAndLens:
         """Computes `features`, and the relative lengths of what comes out, for encoders and classifiers that take them."""
+        wavs, wav_lens = self._checked(wavs, wav_lens)
+        with torch.inference_mode(), taking(self.mods.compute_features, wavs):
+            return chain.features(self.mods, wavs, wav_lens, n_samples=self.n_samples)
+
+    def _checked(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Any]:
+        """Brings waveforms and lengths to the device, `[batch, samples]` and `[batch]`, and refuses what they cannot be."""
         wavs = torch.as_tensor(wavs)
         wavs = wavs[None] if wavs.dim() == 1 else wavs
+        given = f"{wavs.dtype} {list(wavs.shape)}"
         if wavs.dim() != 2 or not wavs.numel() or not wavs.is_floating_point():
             raise ValueError(
-                "waveforms must be floating-point numbers in [-1, 1], [batch, samples] with a sample or more, not "
-                f"{wavs.dtype} {list(wavs.shape)}"
+                f"waveforms must be floating-point numbers in [-1, 1], [batch, samples] with a sample or more, not {given}"
             )
+        if wavs.shape[1] <= MOST_CHANNELS and len(wavs) >= LEAST_SAMPLES:
+            looks = "looks like [samples, channels]: give wavs.mean(1), or tag_file the array"
+            raise ValueError(f"waveforms are [batch, samples], but {given} {looks}")
         if wav_lens is not None:
             wav_lens = torch.as_tensor(wav_lens, dtype=torch.float32).to(self.device)
             if wav_lens.shape != wavs.shape[:1] or not ((wav_lens > 0) & (wav_lens <= 1)).all():
                 raise ValueError(f"wav_lens must be {len(wavs)} relative lengths in (0, 1], not {wav_lens.tolist()}")
         wavs = wavs.to(self.device).float()
-        with torch.inference_mode(), taking(self.mods.compute_features, wavs):
-            return chain.features(self.mods, wavs, wav_lens, n_samples=self.n_samples)
+        check_scale("waveforms", wavs)
+        return wavs, wav_lens
 
     def _checked_features(self, wavs: Tensor, wav_lens: Tensor | None = None, source: str | Path = "waveforms") -> FeaturesAndLens:
         """Computes `features_and_lens`, but refuses samples that are not finite, or so large that their energy is not."""
@@ -124,8 +144,9 @@ class SoundEncoder(Pretrained):
         return self.encode_features(*self._checked_features(wavs, wav_lens))
 
     def encode_file(self, path: str | Path) -> FeatureMap:
-        """Computes the feature map of a file that `psla_sb.dataio.audio.read_audio` reads; of another, an InputError is raised."""
-        return self.encode_features(*self._checked_features(read_clip(path, self.hparams.sample_rate), source=path))
+        """Computes the feature map of a file that `psla_sb.dataio.audio.read_audio` reads; of a long one, of its first `window`."""
+        wave = next(covering(read_blocks(path, self.hparams.sample_rate), self.window, self.window, self.longest))
+        return self.encode_features(*self._checked_features(wave - wave.mean(), source=path))
 
     @cached_property
     def _step(self) -> tuple[int | None, int]:
@@ -182,6 +203,8 @@ class SoundEncoder(Pretrained):
 
         Of clips that are longer than those that the model was trained on, the beginning counts.
         """
+        if wav_lens is not None and self.n_samples is None:
+            return chain.by_length(self.scene_embeddings, *self._checked(wavs, wav_lens))
         vectors = step_vectors(self.encode_batch(wavs, wav_lens))
         if not self.has_times:
             return vectors.mean(1)

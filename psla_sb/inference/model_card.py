@@ -37,6 +37,8 @@ print(tagger.tag_file("sound.wav"))
 ```
 
 SpeechBrain's `EncoderClassifier.from_hparams(source="{folder}")` loads it too. Sounds are taken at {sample_rate} Hz, in mono.
+A sound of up to {window:.4g} s is one clip. A longer one is heard whole, in windows of that length that overlap by half, and a
+class's score is the highest of the windows'.
 {onnx}
 ## Figures
 
@@ -48,7 +50,7 @@ SpeechBrain's `EncoderClassifier.from_hparams(source="{folder}")` loads it too. 
 """
 ONNX = """
 `model.onnx` takes `waveform`, float32 `[batch, samples]` at {sample_rate} Hz, and gives `probabilities`
-`[batch, classes]`. On noise of four lengths it was within {worst:.0e} of PyTorch.
+`[batch, classes]`; of a longer sound it takes one window. On noise of four lengths it was within {worst:.0e} of PyTorch.
 """
 WEIGHTS = {"average": "weight_average", "best": "best", "last": "last"}
 
@@ -87,6 +89,7 @@ def export_model(
         folder=folder.name,
         trust=trust_options(folder),
         sample_rate=rate,
+        window=tagger.window / rate,
         onnx=note,
         figures=figures,
         settings=settings,

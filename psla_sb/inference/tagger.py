@@ -1,24 +1,39 @@
 """What users call to tag sounds: a trained tagger, loaded from wherever it is kept."""
 
+import contextlib
+import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
 from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
-from psla_sb.dataio.audio import read_blocks, read_clip
-from psla_sb.dataio.dataset import clip_loader
-from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.windows import batches, joined, overlapped, windows
+from psla_sb.dataio.audio import centred, named, read_blocks, read_if_short, to_waveform
+from psla_sb.dataio.batches import ClipBatch
+from psla_sb.dataio.dataset import ShortClips, init_worker, shared_memory
+from psla_sb.dataio.windows import batches, covering, joined, overlapped, windows
 from psla_sb.errors import InputError
-from psla_sb.inference.encoder import NOT_FINITE, SoundEncoder, taking
+from psla_sb.inference.encoder import SoundEncoder, taking
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
+from psla_sb.lobes.features import true_lengths
+
+POOLS = ("max", "mean", "first")
+WINDOWS_AT_ONCE = 8
+
+
+def check_pool(pool: str) -> None:
+    """Refuses ways of pooling that there are not."""
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
 
 
 class Tag(NamedTuple):
@@ -40,8 +55,9 @@ class FileTags(NamedTuple):
 class AudioTagger(SoundEncoder):
     """Tags sounds with a trained model.
 
-    Constructors hand `**kwargs`, such as `run_opts={"device": "cuda:0"}`, to SpeechBrain. Waveforms are floating point, at the
-    model's sample rate. What cannot be used, source, file or samples, is an InputError; numbers out of range are ValueErrors.
+    Constructors take `device`, such as "cuda:0", and hand `**kwargs`, such as `run_opts`, to SpeechBrain. Waveforms are floating
+    point, at the model's sample rate. What cannot be used, source, file or samples, is an InputError; numbers out of range are
+    ValueErrors.
 
     Example
     -------
@@ -63,20 +79,22 @@ class AudioTagger(SoundEncoder):
     HPARAMS_NEEDED = ("sample_rate", "mids", "label_encoder")
 
     @classmethod
-    def from_hparams(cls, source: str | Path, savedir: str | Path | None = None, **kwargs: Any) -> "AudioTagger":
+    def from_hparams(
+        cls, source: str | Path, savedir: str | Path | None = None, device: str | None = None, **kwargs: Any
+    ) -> "AudioTagger":
         """Loads a folder, or a repository on Hugging Face such as `somebody/tagger`, which is downloaded to `savedir` or its cache.
 
         `hyperparams.yaml` is SpeechBrain's HyperPyYAML: this constructs whatever it names, so **it can run any code of whoever
         wrote it**. Load what you trust, pinned to a revision that you have read, with `speechbrain.utils.fetching`'s
         `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")`. Of folders, `from_folder` is the safe way.
         """
-        return super().from_hparams(source=str(source), savedir=savedir, **kwargs)
+        return super().from_hparams(source=str(source), savedir=savedir, **_on_device(device, kwargs))
 
     @classmethod
-    def from_source(cls, source: Source, **kwargs: Any) -> "AudioTagger":
+    def from_source(cls, source: Source, device: str | None = None, **kwargs: Any) -> "AudioTagger":
         """Loads what `psla_sb.checkpoints.sources.open_source` has opened."""
         hparams = source.hparams()
-        return cls({name: hparams[name] for name in MODULES}, hparams, **kwargs)
+        return cls({name: hparams[name] for name in MODULES}, hparams, **_on_device(device, kwargs))
 
     @classmethod
     def from_folder(cls, folder: str | Path, trust: Sequence[str] = (), **kwargs: Any) -> "AudioTagger":
@@ -121,9 +139,31 @@ class AudioTagger(SoundEncoder):
         """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a published checkpoint with its `labels`."""
         return cls.from_source(open_source(source, labels, trust), **kwargs)
 
-    def tag_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
-        """Scores waveforms `[batch, samples]` or `[samples]`, of relative lengths `[batch]`: `[batch, classes]`, in [0, 1]."""
-        return self.tag_features(*self._checked_features(wavs, wav_lens))
+    @property
+    def labels(self) -> list[str]:
+        """Names the classes, in the order of the scores."""
+        return [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
+
+    def score_batch(self, wavs: Tensor, wav_lens: Tensor | None = None, pool: str = "max") -> Tensor:
+        """Scores waveforms `[batch, samples]` or `[samples]`, of relative lengths `[batch]`: `[batch, classes]`, in [0, 1].
+
+        Those that are longer than what the model hears at a time are heard in windows, see `tag_file`.
+        """
+        wavs, wav_lens = self._checked(wavs, wav_lens)
+        if wavs.shape[1] > self.longest:
+            lengths = true_lengths(wavs, wav_lens).tolist()
+            each = (self._windows_of([wav[:length]]) for wav, length in zip(wavs, lengths, strict=True))
+            return torch.stack([self._pooled(pieces, pool, "waveforms") for pieces in each])
+        check_pool(pool)
+        if wav_lens is None or self.n_samples is not None:
+            return self.tag_features(*self._checked_features(wavs, wav_lens))
+        return chain.by_length(lambda clips: self.tag_features(*self._checked_features(clips)), wavs, wav_lens)
+
+    def tag_batch(
+        self, wavs: Tensor, wav_lens: Tensor | None = None, top_k: int = 5, threshold: float | None = None, pool: str = "max"
+    ) -> list[list[Tag]]:
+        """Gives the best-scored classes of each waveform, as `tag_file` does; waveforms as of `score_batch`."""
+        return [self._tags(scores, top_k, threshold) for scores in self.score_batch(wavs, wav_lens, pool)]
 
     def tag_features(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
         """Scores normalised features `[batch, frames, mels]` on the tagger's device: `[batch, classes]`, in [0, 1]."""
@@ -131,15 +171,61 @@ class AudioTagger(SoundEncoder):
         with torch.inference_mode(), self.inference_ctx, taking(self.mods.classifier, feats):
             return chain.classify(self.mods, feature_map, lens).clamp(0.0, 1.0)
 
-    def tag_file(self, path: str | Path, top_k: int = 5, threshold: float | None = None) -> list[Tag]:
-        """Gives the best-scored classes of a sound file, best first: `top_k` at most, each with a score of `threshold` at least.
+    def tag_file(
+        self, source: Any, top_k: int = 5, threshold: float | None = None, pool: str = "max", sample_rate: int | None = None
+    ) -> list[Tag]:
+        """Gives the best-scored classes of a sound, best first: `top_k` at most, each with a score of `threshold` at least.
 
-        Whatever `dataio.audio.read_audio` reads is taken; of a long file, the beginning, as much as the model was trained on.
+        A sound that is not longer than what the model hears at a time (`window`) is one clip. A longer one is heard whole, piece by
+        piece, in windows that overlap by half, the last of which ends where the sound ends.
+
+        Arguments
+        ---------
+        source
+            A path or a file object that `dataio.audio.read_audio` reads; or an array, see `dataio.audio.to_waveform`.
+        pool
+            What a class's score is of those of several windows: "max", "mean" or the "first" window's.
+        sample_rate
+            Of an array, in Hz.
         """
-        return self._tags(self._file_scores(path)[0], top_k, threshold)
+        return self._tags(self._scores_of(source, pool, sample_rate), top_k, threshold)
 
-    def _file_scores(self, path: str | Path) -> Tensor:
-        return self.tag_features(*self._checked_features(read_clip(path, self.hparams.sample_rate), source=path))
+    def _scores_of(self, source: Any, pool: str = "max", sample_rate: int | None = None) -> Tensor:
+        """Scores one sound: `[classes]`."""
+        check_pool(pool)
+        rate, (source, blocks) = self.hparams.sample_rate, self._opened(source, sample_rate)
+        if blocks is None:
+            clip = read_if_short(source, rate, self.longest)
+            if clip is not None:
+                return self.tag_features(*self._checked_features(centred(*clip), source=named(source)))[0]
+            blocks = read_blocks(source, rate)
+        return self._pooled(self._windows_of(blocks), pool, named(source))
+
+    def _opened(self, source: Any, sample_rate: int | None) -> tuple[Any, Iterable[Tensor] | None]:
+        """Gives a path or a file that can be read repeatedly, or an array's waveform at the model's sample rate."""
+        if isinstance(source, str | os.PathLike):
+            return source, None
+        if hasattr(source, "read"):
+            return io.BytesIO(source.read()), None
+        if sample_rate is None:
+            raise InputError("an array of sound needs sample_rate=, in Hz")
+        return "an array of sound", [to_waveform(source, sample_rate, self.hparams.sample_rate)]
+
+    def _windows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        return covering(blocks, self.window, self.window - self.window // 2, self.longest)
+
+    def _pooled(self, pieces: Iterable[Tensor], pool: str, source: Any) -> Tensor:
+        """Scores windows, less their means, and pools them: `[classes]`."""
+        check_pool(pool)
+        pieces = islice(pieces, 1) if pool == "first" else pieces
+        total: Any = None
+        n_windows = 0
+        for wavs in batches((piece - piece.mean() for piece in pieces), WINDOWS_AT_ONCE):
+            scores = self.tag_features(*self._checked_features(wavs, source=source))
+            n_windows += len(scores)
+            part = scores.sum(0) if pool == "mean" else scores.amax(0)
+            total = part if total is None else total + part if pool == "mean" else torch.maximum(total, part)
+        return total / n_windows if pool == "mean" else total
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
@@ -159,6 +245,7 @@ class AudioTagger(SoundEncoder):
         top_k: int = 5,
         threshold: float | None = None,
         progress: bool = True,
+        pool: str = "max",
     ) -> Iterator[FileTags]:
         """Tags many files as `tag_file` does, in their order; one that cannot be tagged has an error.
 
@@ -166,42 +253,38 @@ class AudioTagger(SoundEncoder):
         """
         if min(batch_size, top_k) < 1 or num_workers < 0:
             raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
+        check_pool(pool)
         files = [str(path) for path in paths]
-        if not files:
-            return
-        # a name that is no Unicode cannot be opened from a table; it is reported as a file that is not there
-        names = [path.encode("utf-8", "replace").decode() or "(no name)" for path in files]
-        manifest = Manifest.from_columns([str(row) for row in range(len(files))], names, [0.0] * len(files), [""] * len(files))
-        if self.n_samples is None:
-            # a longer clip in the batch would lengthen what the classifier sees of this one
-            batch_size = 1
-        rows = [range(len(files))[start : start + batch_size] for start in range(0, len(files), batch_size)]
-        loader = clip_loader(manifest, self.hparams.sample_rate, self.n_samples, rows, num_workers)
-        with tqdm(total=len(files), unit=" files", disable=None if progress else True) as bar:
-            for batch in loader:
-                yield from self._tags_of_batch(batch, files, top_k, threshold)
+        clips = ShortClips(files, self.hparams.sample_rate, self.longest)
+        loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=ClipBatch, worker_init_fn=init_worker)
+        with tqdm(total=len(files), unit=" files", disable=None if progress else True) as bar, shared_memory():
+            for batch in loader if files else ():
+                yield from self._tags_of_batch(batch, files, top_k, threshold, pool)
                 bar.update(len(batch.index))
 
-    def _tags_of_batch(self, batch: Any, files: list[str], top_k: int, threshold: float | None) -> Iterator[FileTags]:
-        bad, usable, answers = NOT_FINITE, [False] * len(batch.index), batch.error
-        try:
-            feats, lens = self.features_and_lens(*batch.to(self.device).sig)
-            finite = torch.isfinite(feats).flatten(1).all(1)
-            answers, usable = self.tag_features(feats.where(finite[:, None, None], 0.0), lens).cpu(), finite.tolist()
-        except InputError as refused:
-            # other people's parts, whose clips are tagged one by one
-            bad = str(refused)
-        for row, error, good, answer in zip(batch.index, batch.error, usable, answers, strict=True):
-            error = error if error or good else f"{files[row]}: {bad}"
-            yield FileTags(files[row], None if error else self._tags(answer, top_k, threshold), error)
+    def _tags_of_batch(self, batch: Any, files: list[str], top_k: int, threshold: float | None, pool: str) -> Iterator[FileTags]:
+        answers: list[Any] = [None] * len(batch.index)
+        wavs, lens = batch.to(self.device).sig
+        short = [row for row in range(len(answers)) if not (batch.error[row] or batch.longer[row])]
+        with contextlib.suppress(InputError):
+            # of a batch that is refused, each clip is tagged by itself
+            for row, scores in zip(short, self.score_batch(wavs[short], lens[short]).cpu() if short else (), strict=True):
+                answers[row] = scores
+        for row, error, scores in zip(batch.index, batch.error, answers, strict=True):
+            if scores is None and error is None:
+                try:
+                    scores = self._scores_of(files[row], pool)
+                except InputError as refused:
+                    error = str(refused)
+            yield FileTags(files[row], None if error else self._tags(scores, top_k, threshold), error)
 
     def classify_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Gives what SpeechBrain's method does: scores `[batch, classes]`; the best class's score, index and label, `[batch]`."""
-        return self._classified(self.tag_batch(wavs, wav_lens))
+        return self._classified(self.score_batch(wavs, wav_lens))
 
-    def classify_file(self, path: str | Path) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-        """Gives what `classify_batch` does, of a file."""
-        return self._classified(self._file_scores(path))
+    def classify_file(self, path: Any, sample_rate: int | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+        """Gives what `classify_batch` does, of whatever `tag_file` takes."""
+        return self._classified(self._scores_of(path, sample_rate=sample_rate)[None])
 
     def _classified(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         best, index = scores.max(dim=-1)
@@ -212,8 +295,10 @@ class AudioTagger(SoundEncoder):
         """Says whether `tag_timeline` works: the classifier has `segment_scores`, and the encoder's steps follow the clip."""
         return chain.has_segment_scores(self.mods.classifier) and self.has_times
 
-    def tag_timeline(self, path: str | Path, window: float = 10.0, hop: float = 1.0, batch_size: int = 8) -> Timeline:
-        """Scores all classes along a recording of any length, which is read piece by piece.
+    def tag_timeline(
+        self, path: Any, window: float = 10.0, hop: float = 1.0, batch_size: int = 8, sample_rate: int | None = None
+    ) -> Timeline:
+        """Scores all classes along a recording of any length, whatever `tag_file` takes; a file is read piece by piece.
 
         Overlapping windows are scored at each step of the encoder (0.32 s), without attention, which compares steps with each
         other; where windows overlap, the curve is their mean.
@@ -226,10 +311,11 @@ class AudioTagger(SoundEncoder):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
-        pieces = windows(read_blocks(path, self.hparams.sample_rate), n_samples, hop_samples)
-        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, path), hop_steps))
-        labels = [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
-        return Timeline(self.step_times(len(scores)).numpy(), scores, labels, list(self.hparams.mids))
+        path, blocks = self._opened(path, sample_rate)
+        blocks = read_blocks(path, self.hparams.sample_rate) if blocks is None else blocks
+        pieces = windows(blocks, n_samples, hop_samples)
+        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, named(path)), hop_steps))
+        return Timeline(self.step_times(len(scores)).numpy(), scores, self.labels, list(self.hparams.mids))
 
     events = staticmethod(events)
 
@@ -247,4 +333,8 @@ class AudioTagger(SoundEncoder):
                 scores = chain.segment_scores(self.mods, feature_map)
             yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
 
-    forward = tag_batch
+    forward = score_batch
+
+
+def _on_device(device: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return kwargs if device is None else {**kwargs, "run_opts": {**(kwargs.get("run_opts") or {}), "device": device}}

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.features import KaldiFbank, full_float32, n_samples_for
+from psla_sb.lobes.features import KaldiFbank, full_float32, n_samples_for, true_lengths
 
 MODULES = ("compute_features", "mean_var_norm", "embedding_model", "classifier")
 SHAPES = {
@@ -88,6 +88,28 @@ def features(
             feats = augment(feats)
         lens = rescaled(lens, length, n_samples)
         return call(modules["mean_var_norm"], feats, lens), lens
+
+
+def by_length(function: Callable[[Tensor], Tensor], wavs: Tensor, wav_lens: Tensor) -> Tensor:
+    """Calls a function with padded clips, those of equal length together and without padding, which some models would hear.
+
+    Example
+    -------
+    >>> by_length(lambda clips: torch.full((len(clips), 1), clips.shape[1]), torch.rand(3, 8), torch.tensor([1.0, 0.5, 1.0]))
+    tensor([[8],
+            [4],
+            [8]])
+    """
+    lengths = true_lengths(wavs, wav_lens)
+    rows = [(lengths == length).nonzero().flatten() for length in lengths.unique()]
+    answers = [function(wavs[alike, : int(lengths[alike[0]])]) for alike in rows]
+    return torch.cat(answers)[torch.cat(rows).argsort()]
+
+
+def n_samples_of(modules: Mapping[str, Any], n_frames: int | None, sample_rate: int) -> int | None:
+    """How many samples of a clip a model takes: a `KaldiFbank` itself knows its frames; None if it takes all."""
+    front_end = unwrapped(modules["compute_features"])
+    return n_samples_for(front_end.n_frames if isinstance(front_end, KaldiFbank) else n_frames, sample_rate)
 
 
 def rescaled(lens: Tensor, n_given: int, n_samples: int | None) -> Tensor:

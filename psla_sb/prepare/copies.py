@@ -6,6 +6,7 @@ They are made once, by several processes, which can be killed at any moment.
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,14 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import soundfile
 import torch
+from speechbrain.utils.logger import get_logger
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from psla_sb.dataio.audio import AudioError, read_audio
+from psla_sb.dataio.audio import RESAMPLING, AudioError, read_audio
 from psla_sb.errors import InputError
-from psla_sb.files import one_process, write_file
+from psla_sb.files import LOCK, one_process, write_errors, write_file
+
+logger = get_logger(__name__)
 
 FULL_SCALE = 2**15
+# with what copies are made; the lock file of their folder says so
+RESAMPLER = json.dumps(RESAMPLING)
 # FLAC of the lowest level, which is 4 % larger than by default, and is decoded in nine tenths of the time
 FORMATS: dict[str, dict] = {".flac": {"format": "FLAC", "compression_level": 0.0}, ".wav": {"format": "WAV"}}
 # clips that wait for each worker, so that a long one holds up no other
@@ -60,10 +66,11 @@ def resample_clips(
         raise ValueError(f"n_workers must be 1 or more, not {n_workers}")
     durations, errors = np.full(len(sources), np.nan), {}
     with one_process(folder):
+        since = _made_since(Path(folder))
         # never in this process: results depend on the number of threads, and workers have one
         n_workers = max(1, min(n_workers, len(sources)))
         rows: Any = range(len(sources))  # any sequence is a Dataset
-        copy = functools.partial(_copy, sources, targets, folder, sample_rate)
+        copy = functools.partial(_copy, sources, targets, folder, sample_rate, since)
         # the global generator would be advanced, and training would draw other numbers than without a preparation
         own = torch.Generator()
         loader = DataLoader(rows, None, num_workers=n_workers, collate_fn=copy, prefetch_factor=CLIPS_AHEAD, generator=own)
@@ -76,20 +83,34 @@ def resample_clips(
     return durations, errors
 
 
-def _copy(sources: pa.Array, targets: pa.Array, folder: str | Path, sample_rate: int, row: int) -> tuple[float, InputError | None]:
+def _made_since(folder: Path) -> float:
+    """When the folder's copies began to be made with this resampler (see `os.stat`); what is older is made anew."""
+    lock = folder / LOCK
+    if lock.read_text(encoding="utf-8") != RESAMPLER:
+        if any(path.suffix in FORMATS for path in folder.rglob("*")):
+            logger.warning("%s: copies that another resampler made are made anew, if their sources are there.", folder)
+        with write_errors(lock):
+            lock.write_text(RESAMPLER, encoding="utf-8")
+    return lock.stat().st_mtime
+
+
+def _copy(
+    sources: pa.Array, targets: pa.Array, folder: str | Path, sample_rate: int, since: float, row: int
+) -> tuple[float, InputError | None]:
     """What a worker process does with a clip: makes its copy, and returns (seconds, None), or (NaN, the error)."""
     try:
-        return resample_clip(sources[row].as_py(), os.path.join(folder, targets[row].as_py()), sample_rate), None
+        return resample_clip(sources[row].as_py(), os.path.join(folder, targets[row].as_py()), sample_rate, since), None
     except InputError as error:
         # an exception that crosses from a worker arrives as a traceback
         return math.nan, error
 
 
-def resample_clip(source: str, target: str, sample_rate: int = 16000) -> float:
+def resample_clip(source: str, target: str, sample_rate: int = 16000, since: float = 0.0) -> float:
     """Writes the copy of one clip, unless it is there (see `resample_clips`), and returns the copy's seconds."""
-    # kept if it is whole, has this sample rate, and is not older than its source, or that is gone
+    # kept if it is whole, has this sample rate, and is not older than its source and than `since`, or the source is gone
     with contextlib.suppress(OSError, soundfile.SoundFileError):
-        if not os.path.exists(source) or os.stat(source).st_mtime <= os.stat(target).st_mtime:
+        made = os.stat(target).st_mtime
+        if not os.path.exists(source) or made >= max(since, os.stat(source).st_mtime):
             info = soundfile.info(target)
             if info.samplerate == sample_rate and info.frames:
                 return info.duration

@@ -2,7 +2,8 @@
 
 The official files (`balanced_train_segments.csv`, `class_labels_indices.csv`, ...) lie in the data folder; the clips lie in its
 folder `audio`, or anywhere below the data folder if there is no such folder, at any depth and under any of the names
-`<id>.wav`, `Y<id>.wav`, `<id>_<start>_<end>.wav` (or .flac, .mp3, .ogg), where `<id>` is the YouTube ID of 11 characters.
+`<id>.wav`, `Y<id>.wav`, `<id>_<start>_<end>.wav`, `<id>_<start>-<end>.wav`, with any ending, where `<id>` is the YouTube ID of 11
+characters, and the times are in seconds or milliseconds. Of several files of a clip the first one that can be read is taken.
 """
 
 import os
@@ -12,21 +13,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from speechbrain.dataio import audio_io
 from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
-from psla_sb.dataio.audio import AUDIO_SUFFIXES
+from psla_sb.dataio.audio import AudioError, duration, read_blocks
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.prepare.annotations import are_made, in_annotation, origin, write_annotation
-from psla_sb.prepare.copies import ending_of, resample_clips
+from psla_sb.prepare.copies import RESAMPLER, ending_of, resample_clips
 from psla_sb.prepare.official_files import fetch_metadata
 
 logger = get_logger(__name__)
 
 SEGMENT = r'^(?P<id>[-_A-Za-z0-9]{11}), (?P<start>[0-9.]+), (?P<end>[0-9.]+), "(?P<mids>/[^",]+(?:,/[^",]+)*)"$'
-FILE_NAME = r"^Y?(?P<id>[-_A-Za-z0-9]{11})(?:_[0-9.]+){0,2}\.[A-Za-z0-9]+$"
+FILE_NAME = r"^Y?(?P<id>[-_A-Za-z0-9]{11})(?:[-_][0-9]+(?:\.[0-9]+)?s?){0,2}(?:_?ms)?(?:\.f[0-9]+)?(?:\.[A-Za-z0-9]+)?$"
+# what downloaders write beside the sounds
+NO_SOUNDS = (".csv", ".json", ".txt", ".jpg", ".jpeg", ".png", ".webp", ".vtt", ".srt", ".part", ".ytdl", ".md", ".log", ".npy")
 FILES_AT_ONCE = 256
 
 
@@ -96,7 +98,7 @@ def prepare_audioset(
             )
     lists = [data_folder / name for _, names in sets for name in names]
     fetch_metadata(lists)
-    made_from = origin(lists, str(data_folder), *map(str, copies))
+    made_from = origin(lists, str(data_folder), *map(str, copies), *([RESAMPLER] if copies else []))
     if are_made([annotation for annotation, _ in sets], made_from):
         return
     ids, paths = find_clips(audio_folder, resampled_folder)
@@ -174,7 +176,7 @@ def find_clips(folder, besides=None):
         # a link to a folder that it is in would lead round and round
         folders[:] = [path.name for path in inside if not (path.is_symlink() and here.is_relative_to(path.resolve()))]
         # names that are not UTF-8 are no clips of AudioSet, but may lie about
-        names = [os.fsencode(name).decode(errors="replace") for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
+        names = [os.fsencode(name).decode(errors="replace") for name in names if not name.lower().endswith(NO_SOUNDS)]
         paths.append(pa.array([os.path.join(os.path.relpath(top, folder), name) for name in names], pa.string()))
     paths = pc.replace_substring_regex(pa.concat_arrays(paths), r"^\./", "")
     paths = paths.take(pc.sort_indices(paths))
@@ -209,7 +211,7 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
     """
     segments = pa.concat_arrays([read_segments(path) for path in segment_lists])
     wanted, mids = pc.struct_field(segments, "id").cast(pa.string()), pc.struct_field(segments, "mids").cast(pa.string())
-    found = paths.take(pc.index_in(wanted, value_set=ids))
+    found = paths.take(first_readable(wanted, ids, paths, audio_folder, n_threads))
     missing = found.is_null().to_numpy(zero_copy_only=False)
     sources = pc.binary_join_element_wise(str(audio_folder), found, "/")
     faults = {}
@@ -217,7 +219,7 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
     if copies:
         folder, sample_rate, ending = copies
         rows = np.flatnonzero(~missing)
-        found = pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ending)
+        found = pc.binary_join_element_wise(pc.replace_substring_regex(found, r"\.[A-Za-z0-9]+$", ""), ending, "")
         durations = np.zeros(len(segments))
         durations[rows], errors = resample_clips(sources.drop_null(), found.drop_null(), folder, sample_rate)
         faults = {rows[i]: error for i, error in errors.items()}
@@ -238,8 +240,8 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
     summary += f"{(~usable & ~missing).sum()} that cannot be read"
     if not usable.any():
         raise InputError(
-            f"{summary}. Looked below {audio_folder} for <id>, Y<id> and <id>_<start>_<end> with the endings "
-            f"{', '.join(AUDIO_SUFFIXES)}, for example {wanted[0]}.wav; there are {len(paths)} files of such names, "
+            f"{summary}. Looked below {audio_folder} for <id>, Y<id> and <id>_<start>_<end> with any ending (.wav, .flac, .m4a), "
+            f"for example {wanted[0]}.wav; there are {len(paths)} files of such names, "
             f"{'none' if missing.all() else 'no readable one'} of a clip in the list."
         )
     keep = pa.array(usable)
@@ -254,8 +256,40 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
     logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {listed}")
 
 
-def durations_of(paths, folder, n_threads=8, name=""):
-    """What the headers of sound files say.
+def first_readable(wanted, ids, paths, folder, n_threads=8):
+    """Chooses a file of each clip: the only one, or of several the first that can be read, or the first.
+
+    Arguments
+    ---------
+    wanted : pyarrow.Array
+        IDs of the clips.
+    ids, paths : pyarrow.Array
+        The files that there are, see `find_clips`.
+    folder : str or Path
+        Where they are.
+    n_threads : int
+        Files that are opened at a time.
+
+    Returns
+    -------
+    pyarrow.Array
+        Rows of `paths`, null where there is no file.
+    """
+    chosen = pc.index_in(wanted, value_set=ids).to_numpy(zero_copy_only=False).astype(float)
+    encoded = ids.dictionary_encode()
+    several = np.flatnonzero(np.bincount(encoded.indices.to_numpy(), minlength=len(encoded.dictionary)) > 1)
+    several = np.intersect1d(several, pc.index_in(wanted, value_set=encoded.dictionary).drop_null().to_numpy())
+    rows = np.flatnonzero(np.isin(encoded.indices.to_numpy(), several))
+    # they are few, so all of them is read
+    readable = rows[durations_of(paths.take(pa.array(rows)), folder, n_threads, "Clips with several files", decode=True) > 0]
+    better = pc.index_in(wanted, value_set=ids.take(pa.array(readable)))
+    has_better = better.is_valid().to_numpy(zero_copy_only=False)
+    chosen[has_better] = readable[better.drop_null().to_numpy()]
+    return pa.array(chosen, from_pandas=True).cast(pa.int64())
+
+
+def durations_of(paths, folder, n_threads=8, name="", decode=False):
+    """How long sound files are: what the header says, if it can be believed, or else what is counted.
 
     Arguments
     ---------
@@ -267,6 +301,8 @@ def durations_of(paths, folder, n_threads=8, name=""):
         Files that are opened at a time.
     name : str
         For the progress bar.
+    decode : bool
+        Whether all of a file is read, to see whether it is whole.
 
     Returns
     -------
@@ -283,11 +319,10 @@ def durations_of(paths, folder, n_threads=8, name=""):
     def open_files(rows):
         for row in rows:
             if paths[row].is_valid:
-                path = os.path.join(folder, paths[row].as_py())
                 try:
-                    # a pipe would never be opened
-                    durations[row] = audio_io.info(path).duration if os.path.isfile(path) else 0.0
-                except Exception:
+                    path = os.path.join(folder, paths[row].as_py())
+                    durations[row] = sum(map(len, read_blocks(path))) / 16000 if decode else duration(path)
+                except AudioError:
                     durations[row] = 0.0
 
     jobs = [range(start, min(start + FILES_AT_ONCE, len(paths))) for start in range(0, len(paths), FILES_AT_ONCE)]

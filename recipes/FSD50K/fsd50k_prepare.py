@@ -19,7 +19,7 @@ from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.prepare.annotations import are_made, in_annotation, origin, write_annotation
-from psla_sb.prepare.copies import ending_of, resample_clips
+from psla_sb.prepare.copies import RESAMPLER, ending_of, resample_clips
 
 logger = get_logger(__name__)
 
@@ -100,7 +100,7 @@ def prepare_fsd50k(
     vocabulary = read_vocabulary(files["vocabulary"])
     with atomic_write(class_list) as temporary:
         vocabulary.to_csv(temporary)
-    made_from = origin(files.values(), str(data_folder), str(resampled_folder), sample_rate, ending)
+    made_from = origin(files.values(), str(data_folder), str(resampled_folder), sample_rate, ending, RESAMPLER)
     if are_made(annotations.values(), made_from):
         return
     tables = {name: read_ground_truth(files[name], vocabulary) for name in ("dev", "eval")}

@@ -17,7 +17,7 @@ import soundfile
 
 from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.demo import COLUMNS, N_CLASSES, PEAKS, THRESHOLD, WHOLE, event_rows, listen
+from psla_sb.demo import COLUMNS, N_CLASSES, THRESHOLD, event_rows, listen, note
 from psla_sb.inference.tagger import AudioTagger
 
 pytestmark = pytest.mark.browser
@@ -152,7 +152,7 @@ def check_against(page, tagger, path, told):
     names, values = shown_tags(page)
     assert names == [tag.label for tag in heard.tags[:N_CLASSES]]
     np.testing.assert_allclose(values, [tag.score for tag in heard.tags[:N_CLASSES]], atol=1e-4)
-    assert told.endswith(WHOLE if heard.whole else PEAKS)
+    assert told.endswith(note(heard))
     rows, found = event_rows(heard, THRESHOLD)
     page.get_by_text(re.compile(rf"^Events: (the best-scored {len(rows)} of )?{found}$")).wait_for()
     page.locator("#events", has_text=rows[0][0]).wait_for()

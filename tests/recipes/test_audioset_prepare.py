@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from sounds import encoded, tones
 
 from audioset_prepare import find_clips, prepare_audioset, read_segments
 from psla_sb.dataio.audio import read_audio
@@ -64,6 +65,47 @@ def test_names_of_files(name, clip_id, tmp_path):
     ids, paths = find_clips(tmp_path)
     assert ids.to_pylist() == [clip_id]
     assert paths.to_pylist() == [name.format(clip_id)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("{}_30.0-40.0.ogg", "{}_30_40.wav", "{}_30000_40000.m4a", "Y{}.opus", "Y{}_30.000_40.000.webm", "{}-30-40.mp4"),
+        *("{}_30.flac", "{}_30_40", "{}", "{}.f140.m4a"),
+    ],
+)
+@pytest.mark.parametrize("clip_id", ["--PJHxphWEs", "0_1_2_3_4_5", "Yabc-1_2-34"])
+def test_names_of_common_downloaders(name, clip_id, tmp_path):
+    (tmp_path / name.format(clip_id)).touch()
+    (tmp_path / f"{clip_id}.info.json").touch()
+    (tmp_path / f"{clip_id}.jpg").touch()
+    assert find_clips(tmp_path)[0].to_pylist() == [clip_id]
+
+
+def test_of_several_files_the_good_one_is_taken(prepare, tmp_path):
+    ids = ["abcdefghijk", "lmnopqrstuv", "broken_____"]
+    (tmp_path / "audio").mkdir()
+    for name in ("abcdefghijk.mp3", "abcdefghijk.wav", "broken_____.wav", "broken_____.flac"):
+        (tmp_path / "audio" / name).write_text("no sound")
+    soundfile.write(tmp_path / "audio" / "abcdefghijk.flac", np.random.default_rng(0).normal(0, 0.1, 8000), 8000)
+    whole = (tmp_path / "audio" / "abcdefghijk.flac").read_bytes()
+    (tmp_path / "audio" / "abcdefghijk.flac").write_bytes(whole[: len(whole) // 2])
+    manifest = prepare(ids, ["later/Yabcdefghijk.flac", "lmnopqrstuv_30_40.flac", "z/lmnopqrstuv.flac"])
+    assert [row["wav"].rpartition("audio/")[2] for row in manifest] == ["later/Yabcdefghijk.flac", "lmnopqrstuv_30_40.flac"]
+    left_out = list(csv.DictReader((tmp_path / "out" / "train_left_out.csv").open(encoding="utf-8")))
+    assert [row["ID"] for row in left_out] == ["broken_____"]
+
+
+def test_every_format_and_its_true_length(prepare, tmp_path):
+    ids = ["mp3_no_xing", "m4a_faststa", "flac_unknow"]
+    (tmp_path / "audio").mkdir()
+    flac = bytearray(encoded("flac", tones(44100, 6.0)))
+    flac[21] &= 0xF0
+    flac[22:26] = bytes(4)
+    (tmp_path / "audio" / "mp3_no_xing.mp3").write_bytes(encoded("mp3", tones(44100, 6.0), container_options={"write_xing": "0"}))
+    (tmp_path / "audio" / "m4a_faststa.mp4").write_bytes(encoded("m4a", tones(44100, 6.0)))
+    (tmp_path / "audio" / "flac_unknow.flac").write_bytes(flac)
+    assert [row["duration"] for row in prepare(ids, [])] == pytest.approx([6.0] * 3, abs=0.1)
 
 
 def test_other_files_are_no_clips(tmp_path):
