@@ -77,7 +77,7 @@ def main():
     ways = {
         "plain, 1 clip at a time": lambda: plain_scores(network, pooling, GlobalNorm(), wavs, 1),
         f"plain, batches of {size}": lambda: plain_scores(network, pooling, GlobalNorm(), wavs, size),
-        f"AudioTagger, batches of {size}": lambda: torch.cat([tagger.tag_batch(batch) for batch in wavs.split(size)]),
+        f"AudioTagger, batches of {size}": lambda: torch.cat([tagger.score_batch(batch) for batch in wavs.split(size)]),
     }
     with torch.inference_mode():
         took, scores = seconds(ways, options.repeats)

@@ -1,7 +1,8 @@
 """Clips that one worker process gets ready for training, from files and from packs, and in the way of the published code.
 
-Both ways decode files of 10 s at 16 kHz and mix half of the clips with another one. The published code's data set also computes and
-masks each clip's features, with torchaudio; here this happens on the device, a batch at a time. Run on an otherwise idle machine:
+Both ways decode files of 10 s at 16 kHz (wav44: at 44.1 kHz; m4a: AAC at 44.1 kHz) and mix half of the clips with another one. The
+published code's data set also computes and masks each clip's features, with torchaudio; here this happens on the device, a batch at
+a time. Run on an otherwise idle machine:
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
 """
@@ -12,12 +13,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import av
 import numpy as np
 import soundfile
 import torch
 from speechbrain.dataio import audio_io
 from torch.utils.data import DataLoader, Dataset
 from torchaudio.compliance.kaldi import fbank
+from torchaudio.functional import resample
 from torchaudio.transforms import FrequencyMasking, TimeMasking
 
 from psla_sb.dataio.batches import ClipBatch
@@ -31,6 +34,7 @@ from psla_sb.prepare.mini_sounds import SOUNDS, synthesise
 from psla_sb.prepare.packing import pack
 
 RATE, SECONDS, N_FRAMES, N_CLASSES, MIXUP_RATE = 16000, 10, 1056, 527, 0.5
+KINDS = {"wav": ("wav", RATE), "flac": ("flac", RATE), "wav44": ("wav", 44100), "m4a": ("m4a", 44100)}
 ONE_WORKER = {"num_workers": 1, "persistent_workers": True}
 
 
@@ -45,8 +49,14 @@ class PerClipFeatures(Dataset):
         return len(self.paths)
 
     def decode(self, row):
-        wave, rate = audio_io.load(self.paths[row])
-        return wave - wave.mean(), rate
+        if self.paths[row].endswith(".m4a"):
+            with av.open(self.paths[row]) as file:
+                frames = [frame.to_ndarray() for frame in file.decode(audio=0)]
+                wave, rate = torch.from_numpy(np.concatenate(frames, axis=1)), file.streams.audio[0].rate
+        else:
+            wave, rate = audio_io.load(self.paths[row])
+        wave = resample(wave, rate, RATE)
+        return wave - wave.mean(), RATE
 
     def __getitem__(self, row):
         wave, rate = self.decode(row)
@@ -71,13 +81,27 @@ class PerClipFeatures(Dataset):
         return (feats + 4.6476) / (4.5699 * 2), torch.zeros(N_CLASSES)
 
 
-def write_clips(folder, n_clips, ending):
+def write_aac(path, wave, rate):
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("aac", rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(wave[None].astype(np.float32), format="fltp", layout="mono")
+        frame.rate, resampler = rate, av.AudioResampler("fltp", "mono", rate, frame_size=1024)
+        for part in (*resampler.resample(frame), *resampler.resample(None)):
+            file.mux(stream.encode(part))
+        file.mux(stream.encode(None))
+
+
+def write_clips(folder, n_clips, ending, rate):
     """Events of several kinds in noise, which compress about as recordings do, in files like the recipes' copies; returns the
     annotation's path."""
     rng, names = np.random.default_rng(0), list(SOUNDS)
     for row in range(n_clips):
-        wave = rng.normal(0, 0.01, SECONDS * RATE) + 0.4 * synthesise(names[row % len(names)], rng, SECONDS * RATE, RATE)
-        soundfile.write(folder / f"{row}.{ending}", wave.clip(-1, 1), RATE, subtype="PCM_16", **FORMATS[f".{ending}"])
+        wave = rng.normal(0, 0.01, SECONDS * rate) + 0.4 * synthesise(names[row % len(names)], rng, SECONDS * rate, rate)
+        path, wave = folder / f"{row}.{ending}", wave.clip(-1, 1)
+        if ending == "m4a":
+            write_aac(path, wave, rate)
+        else:
+            soundfile.write(path, wave, rate, subtype="PCM_16", **FORMATS[f".{ending}"])
     rows = range(n_clips)
     paths = [str(folder / f"{row}.{ending}") for row in rows]
     Manifest.from_columns([str(row) for row in rows], paths, [SECONDS] * n_clips, [""] * n_clips).to_csv(folder / "all.csv")
@@ -118,20 +142,20 @@ def main():
     parser.add_argument("--batch-size", type=int, default=100, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="that each way is measured, at least (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="of which the fastest counts, for each way (default: %(default)s)")
-    parser.add_argument("--formats", nargs="+", default=["wav", "flac"], help="(default: wav flac)")
+    parser.add_argument("--formats", nargs="+", choices=KINDS, default=list(KINDS), help="(default: all)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for ending in options.formats:
+    for kind in options.formats:
         with tempfile.TemporaryDirectory() as folder:
-            compare(Path(folder), ending, options)
+            compare(Path(folder), *KINDS[kind], options)
 
 
-def compare(folder, ending, options):
-    annotation = write_clips(folder, options.clips, ending)
+def compare(folder, ending, rate, options):
+    annotation = write_clips(folder, options.clips, ending, rate)
     files = Manifest.from_csv(annotation)
     packed = Manifest.from_csv(pack(annotation, folder / "packs"), folder / "packs")
     size = sum(path.stat().st_size for path in folder.glob(f"*.{ending}")) / options.clips
-    print(f"{options.clips} clips of {SECONDS} s, {ending} of {size / 1000:.0f} kB each, one worker process with one thread")
+    print(f"{options.clips} clips of {SECONDS} s at {rate} Hz, {ending} of {size / 1000:.0f} kB each, one worker with one thread")
     ways = {
         "published way": DataLoader(PerClipFeatures(files.paths().to_pylist()), options.batch_size, **ONE_WORKER),
         "from files": our_loader(files, options.batch_size),
