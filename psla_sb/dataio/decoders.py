@@ -31,7 +31,7 @@ from psla_sb.dataio.containers import (
     untagged,
     warn,
 )
-from psla_sb.dataio.flac import read_flac
+from psla_sb.dataio.flac import flac_duration, read_flac
 
 # what soundfile raises for one broken file or another; MemoryError for headers that promise too much
 AV_ERRORS = (av.error.FFmpegError, OSError, ValueError, MemoryError)
@@ -76,8 +76,11 @@ def decoded(path: Any, source: str | io.BytesIO, seconds: float = 10.0) -> Itera
 
 def known_duration(path: Any, source: str | io.BytesIO) -> float | None:
     """The seconds that a header says, None if it would be only an estimate."""
-    with _opened(path, source) as (_, seconds):
-        return seconds
+    seconds = flac_duration(source)
+    if seconds is None:
+        with _opened(path, source) as (_, seconds):
+            pass
+    return seconds
 
 
 def duration(path: Any, source: str | io.BytesIO) -> float:
@@ -107,26 +110,26 @@ def _open(path: Any, file: Any, stack: contextlib.ExitStack) -> tuple[Any, float
     if begin:
         file.seek(begin)
         head = file.read(4096)
-    patches, seconds, trusted = repaired(path, file, head, n_bytes) if not begin else (), None, True
+    patches, trusted = () if begin else repaired(path, file, head, n_bytes), True
     windows = [Window(file, begin, end, patches)]
     if head[:4] == b"OggS":
         windows = [Window(file, *link) for link in ogg_links(path, file)]
     elif head[4:8] in BOXES or head[:4] == b"\x1aE\xdf\xa3":
         check_end(path, file, head, end)
-    elif head[:4] == b"fLaC" and len(head) >= 26:
-        rate, total = int.from_bytes(head[18:21], "big") >> 4, int.from_bytes(head[21:26], "big") % 2**36
-        seconds = total / rate if total and rate else None
+    elif head[:4] == b"fLaC":
+        # `read_flac` has refused it: it is of more bits, longer than it says, or damaged
+        pass
     elif not (is_mpeg(head) or head[:4] == b"riff" or any(not any(new) for _, new in patches)):
-        sound, refused = _sound_file(file, windows[0], patches, stack)
+        sound, refused = _sound_file(windows[0], stack)
         # of GSM's last block it does not know how many samples there are, and of MPEG it estimates how many
         if sound is not None and sound.subtype != "GSM610" and sound.format not in ("RAW", "MP3") and "MPEG" not in sound.subtype:
             return sound, sound.frames / sound.samplerate if sound.seekable() and sound.samplerate else None
     else:
         trusted = False
     try:
-        return _containers(windows), seconds
+        return _containers(windows), None
     except AV_ERRORS as error:
-        sound, refused = _sound_file(file, windows[0], patches, stack)
+        sound, refused = _sound_file(windows[0], stack)
         if sound is not None and sound.format != "RAW":
             return sound, None
         unknown = not hasattr(refused, "error_string") or not trusted
@@ -143,13 +146,12 @@ def _containers(windows: list[Window]) -> Iterator[Any]:
     return itertools.chain([opened(windows[0])], map(opened, windows[1:]))
 
 
-def _sound_file(file: Any, window: Window, patches: Any, stack: contextlib.ExitStack) -> tuple[Any, Exception | None]:
+def _sound_file(window: Window, stack: contextlib.ExitStack) -> tuple[Any, Exception | None]:
     """What libsndfile opens, or why it does not."""
     try:
-        file.seek(0)
-        # by a number, since libsndfile goes by some endings of names
-        given = window if patches or isinstance(file, io.BytesIO) else os.dup(file.fileno())
-        return stack.enter_context(soundfile.SoundFile(given)), None
+        window.seek(0)
+        # not by its name, since libsndfile goes by some endings
+        return stack.enter_context(soundfile.SoundFile(window)), None
     except SOUNDFILE_ERRORS as error:
         return None, error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,17 +55,34 @@ def read_flac(source: str | io.BytesIO) -> tuple[torch.Tensor, int] | None:
         lib.ma_dr_flac_close(flac)
 
 
+def flac_duration(source: str | io.BytesIO) -> float | None:
+    """The seconds that the header of a FLAC file says; None for another file, and if it does not say them."""
+    with _opened(source) as file:
+        rate, _, total = _stream_of(file)
+        return total / rate if rate and total else None
+
+
+def _opened(source: str | io.BytesIO) -> Any:
+    return contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb", buffering=0)
+
+
+def _stream_of(file: Any) -> tuple[int, int, int]:
+    """The sample rate, the bits and the number of samples that a FLAC file's header says, 0 for what is not known."""
+    file.seek(0)
+    head = file.read(26)
+    if not head.startswith(SIGNATURE) or len(head) < 26:
+        return 0, 0, 0
+    # 20 bits of the rate, 3 of the channels, 5 of the bits, and 36 of the samples
+    fields = int.from_bytes(head[18:26], "big")
+    return fields >> 44, (fields >> 36 & 31) + 1, fields % 2**36
+
+
 def _bytes_of(source: str | io.BytesIO) -> bytes | None:
     """Gives all of a FLAC file of 16 bits that is not too long, and nothing of another one."""
     try:
-        with contextlib.nullcontext(source) if isinstance(source, io.BytesIO) else open(source, "rb", buffering=0) as file:
-            file.seek(0)
-            head = file.read(26)
-            if not head.startswith(SIGNATURE) or len(head) < 26:
-                return None
-            # 20 bits of the rate, 3 of the channels, 5 of the bits, and 36 of the samples
-            fields = int.from_bytes(head[18:26], "big")
-            if fields >> 36 & 31 != 15 or not 0 < fields % 2**36 <= MOST_FRAMES:
+        with _opened(source) as file:
+            _, bits, n_samples = _stream_of(file)
+            if bits != 16 or not 0 < n_samples <= MOST_FRAMES:
                 return None
             file.seek(0)
             return file.read()

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -218,14 +219,14 @@ class AudioTagger(SoundEncoder):
         """Scores windows, less their means, and pools them: `[classes]`."""
         check_pool(pool)
         pieces = islice(pieces, 1) if pool == "first" else pieces
-        total: Any = None
+        total = np.zeros(len(self.hparams.mids), np.float32)
         n_windows = 0
         for wavs in batches((piece - piece.mean() for piece in pieces), WINDOWS_AT_ONCE):
-            scores = self.tag_features(*self._checked_features(wavs, source=source))
+            scores = self.tag_features(*self._checked_features(wavs, source=source)).float().cpu().numpy()
             n_windows += len(scores)
-            part = scores.sum(0) if pool == "mean" else scores.amax(0)
-            total = part if total is None else total + part if pool == "mean" else torch.maximum(total, part)
-        return total / n_windows if pool == "mean" else total
+            # in place: small arrays that come and go between large ones would leave holes in the memory
+            (np.add if pool == "mean" else np.maximum)(total, scores.sum(0) if pool == "mean" else scores.max(0), out=total)
+        return torch.from_numpy(total / n_windows if pool == "mean" else total)
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
