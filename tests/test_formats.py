@@ -28,7 +28,7 @@ def all_paths(data, rate=16000):
         "whole": lambda file: read_audio(file, rate),
         "pieces": lambda file: torch.cat(list(read_blocks(file, rate, seconds=0.7))),
         "short": lambda file: read_if_short(file, rate, 10**8)[0],
-        "seconds": lambda file: torch.zeros(round(duration(file) * rate)),
+        "seconds": lambda file: range(round(duration(file) * rate)),
     }
     answers = {}
     for name, read in paths.items():
@@ -48,10 +48,12 @@ def heard(data, rate=16000):
         assert answers["short"] is None
         return None
     whole = answers["whole"]
-    torch.testing.assert_close(answers["pieces"], whole, atol=1e-5, rtol=0)
-    assert len(answers["short"]) == len(whole)
+    # torchaudio computes lengths in float32
+    assert max(abs(len(answers[name]) - len(whole)) for name in ("pieces", "short")) <= 1
+    shortest = min(len(whole), len(answers["pieces"]))
+    torch.testing.assert_close(answers["pieces"][:shortest], whole[:shortest], atol=1e-5, rtol=1e-5)
     # a FLAC file's header is believed, also if another file follows
-    assert data.startswith(b"fLaC") or abs(len(answers["seconds"]) - len(whole)) <= 2
+    assert data.startswith(b"fLaC") or abs(len(answers["seconds"]) - len(whole)) <= 2 + len(whole) // 1000
     return whole
 
 

@@ -127,23 +127,28 @@ class Window:
 
     def __init__(self, file: Any, begin: int, end: int, patches: Sequence[tuple[int, bytes]] = ()) -> None:
         self.file, self.begin, self.end, self.patches = file, begin, end, patches
+        # its own, since files refuse positions that others take
+        self.position = begin
 
     def tell(self) -> int:
         """Gives the position in the window."""
-        return self.file.tell() - self.begin
+        return self.position - self.begin
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Goes to a position; one before the window's beginning is ignored, since libsndfile would not hear of an error."""
-        target = offset + (self.begin, self.file.tell(), self.end)[whence]
+        target = offset + (self.begin, self.position, self.end)[whence]
         if target >= self.begin:
-            self.file.seek(target)
+            self.position = target
         return self.tell()
 
     def read(self, n_bytes: int = -1) -> bytes:
         """Reads up to so many bytes, or all."""
-        start = self.file.tell()
-        left = max(0, self.end - start)
+        start, left = self.position, max(0, self.end - self.position)
+        if not left:
+            return b""
+        self.file.seek(start)
         data = self.file.read(left if n_bytes < 0 else min(n_bytes, left))
+        self.position += len(data)
         for position, new in self.patches:
             first, last = max(position, start), min(position + len(new), start + len(data))
             if first < last:
