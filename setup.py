@@ -29,7 +29,7 @@ setup(
         "soundfile>=0.13",
         # FFmpeg's libraries, which its wheels contain
         "av>=13",
-        # it has no wheels for Linux on ARM; there libsndfile reads all files. Its private functions are called
+        # it has no wheels for Linux on ARM; there FFmpeg reads all FLAC files. Its private functions are called
         "miniaudio>=1.71,<2; platform_machine != 'aarch64'",
         "tqdm",
         "matplotlib",

@@ -36,20 +36,7 @@ KNOWN_CHUNKS = {
 }
 FIRST_CHUNKS = (b"RIFF", b"RIFX", b"FORM", b"riff", b"caff", b".snd")
 BOXES = (
-    b"ftyp",
-    b"moov",
-    b"mdat",
-    b"moof",
-    b"free",
-    b"skip",
-    b"wide",
-    b"sidx",
-    b"styp",
-    b"mfra",
-    b"udta",
-    b"meta",
-    b"uuid",
-    b"pnot",
+    *(b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"mfra", b"udta", b"meta", b"uuid", b"pnot"),
 )
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 SOUNDS = (

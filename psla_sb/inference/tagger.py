@@ -226,7 +226,7 @@ class AudioTagger(SoundEncoder):
             n_windows += len(scores)
             # in place: small arrays that come and go between large ones would leave holes in the memory
             (np.add if pool == "mean" else np.maximum)(total, scores.sum(0) if pool == "mean" else scores.max(0), out=total)
-        return torch.from_numpy(total / n_windows if pool == "mean" else total)
+        return torch.from_numpy(total / n_windows if pool == "mean" else total).to(self.device)
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
