@@ -56,6 +56,8 @@ def test_a_long_recording_is_heard_whole_by_every_way(n_frames, long_wave, tmp_p
             "batch": tagger.tag_batch(torch.from_numpy(long_wave), pool=pool)[0],
             "files": next(iter(tagger.tag_files([path], pool=pool))).tags,
             "workers": next(iter(tagger.tag_files([path], pool=pool, num_workers=1))).tags,
+            "file objects": next(iter(tagger.tag_files([path.open("rb")], pool=pool, num_workers=1))).tags,
+            "arrays": next(iter(tagger.tag_files([long_wave], pool=pool, sample_rate=RATE))).tags,
         }
         for way, tags in ways.items():
             found = {tag.label: tag.score for tag in tags}
@@ -80,6 +82,29 @@ def test_short_and_long_files_in_their_order(long_wave, tmp_path):
         assert found.pop().error == f"{tmp_path / 'none.wav'}: no such file"
         for one, path in zip(found, paths, strict=False):
             np.testing.assert_allclose([tag.score for tag in one.tags], [tag.score for tag in tagger.tag_file(path)], atol=1e-5)
+
+
+def test_files_file_objects_and_arrays_together(long_wave, tmp_path):
+    tagger = band_tagger(400)
+    short, path = long_wave[-3 * RATE :], tmp_path / "short.wav"
+    soundfile.write(path, short, RATE, subtype="FLOAT")
+    sounds = [path, path.open("rb"), io.BytesIO(path.read_bytes()), short, torch.from_numpy(short), short.tolist(), long_wave]
+    sounds += [np.zeros(0), path.open(encoding="latin-1"), io.BytesIO(b"no sound")]
+    found = list(tagger.tag_files(sounds, batch_size=4, num_workers=2, sample_rate=RATE))
+    expected = tagger.tag_file(path)
+    for one in found[:6]:
+        assert [tag.label for tag in one.tags] == [tag.label for tag in expected]
+        np.testing.assert_allclose([tag.score for tag in one.tags], [tag.score for tag in expected], atol=1e-5)
+    assert found[6].tags == tagger.tag_file(long_wave, sample_rate=RATE)
+    assert [one.path for one in found[:4]] == [str(path), str(path), "the sound", "the sound"]
+    assert [one.tags for one in found[7:]] == [None] * 3
+    for one, error in zip(found[7:], ["an array of sound is", "must be open for reading bytes", "the sound: "], strict=True):
+        assert error in one.error
+    with pytest.raises(ValueError, match="needs sample_rate="):
+        list(tagger.tag_files([path, short]))
+    maps = [tagger.encode_file(sound, rate) for sound, rate in ((path, None), (path.open("rb"), None), (short, RATE))]
+    for other in maps[1:]:
+        torch.testing.assert_close(other, maps[0], atol=1e-5, rtol=0)
 
 
 def test_padded_long_waveforms_have_their_own_lengths(long_wave):

@@ -28,6 +28,7 @@ LOUD, LOUDEST = 32.0, 1024.0
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 64, "rolloff": 0.96, "resampling_method": "sinc_interp_kaiser", "beta": 10.0}
 
 AudioFile = str | Path | BinaryIO
+Opened = AudioFile | list[torch.Tensor]  # the waveform of an array, as the only block of `read_blocks`
 
 
 @lru_cache(maxsize=16)
@@ -89,7 +90,7 @@ def _joined(waves: list[torch.Tensor]) -> torch.Tensor:
 def _source(path: AudioFile) -> tuple[str, str | io.BytesIO]:
     """Gives what messages call a sound, and what is decoded: a file's name, or the bytes of a file object or a clip in a pack."""
     if not isinstance(path, str | os.PathLike):
-        return named(path), path if isinstance(path, io.BytesIO) else io.BytesIO(path.read())
+        return named(path), path if isinstance(path, io.BytesIO) else _in_memory(path)
     if (place := packs.locate(path)) and os.path.isfile(place.pack):
         try:
             return str(path), io.BytesIO(packs.read(place))
@@ -103,6 +104,13 @@ def _source(path: AudioFile) -> tuple[str, str | io.BytesIO]:
         folder = "is a folder, not a sound file" if os.path.isdir(path) else "is a device or a pipe, not a sound file"
         raise AudioError(f"{path}: {folder if os.path.exists(path) else 'no such file'}")
     return str(path), str(path)
+
+
+def _in_memory(file: Any) -> io.BytesIO:
+    try:
+        return io.BytesIO(file.read())
+    except (OSError, ValueError, TypeError) as error:
+        raise AudioError(f"{named(file)}: must be open for reading bytes, as with mode='rb' ({error})") from None
 
 
 def named(source: Any) -> str:
@@ -190,7 +198,22 @@ def to_waveform(samples: Any, sample_rate: int, to_rate: int = 16000) -> torch.T
     return wave if sample_rate == to_rate else _resampler(sample_rate, to_rate)(wave)
 
 
-def read_blocks(path: AudioFile, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
+def opened(source: Any, sample_rate: int | None, to_rate: int) -> Opened:
+    """Gives what `read_blocks` and `read_if_short` can read repeatedly, of a path, a file object, or an array of `sample_rate`.
+
+    >>> opened([0.0] * 44100, 44100, to_rate=16000)[0].shape
+    torch.Size([16000])
+    """
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    if hasattr(source, "read"):
+        return _in_memory(source)
+    if sample_rate is None:
+        raise ValueError("an array of sound needs sample_rate=, in Hz")
+    return [to_waveform(source, sample_rate, to_rate)]
+
+
+def read_blocks(path: Opened, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
     """Decodes a sound file of any length in pieces of about so many seconds, each `[samples]`, float32.
 
     The pieces, joined, are what `read_audio` returns, with the same arguments and errors.
@@ -203,7 +226,7 @@ def read_blocks(path: AudioFile, sample_rate: int = 16000, seconds: float = 10.0
     >>> sum(len(block) for block in read_blocks(path))
     400000
     """
-    yield from _blocks(*_source(path), sample_rate, seconds)
+    yield from path if isinstance(path, list) else _blocks(*_source(path), sample_rate, seconds)
 
 
 def _blocks(path: str, source: str | io.BytesIO, sample_rate: int, seconds: float) -> Iterator[torch.Tensor]:
@@ -262,8 +285,10 @@ def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None 
     return centred(*read_samples(path, sample_rate, n_samples, place))
 
 
-def read_if_short(path: AudioFile, sample_rate: int, n_samples: int) -> tuple[torch.Tensor, float] | None:
+def read_if_short(path: Opened, sample_rate: int, n_samples: int) -> tuple[torch.Tensor, float] | None:
     """Reads what `read_samples` does of a clip of at most `n_samples`; gives None for a longer one, of which it reads no more."""
+    if isinstance(path, list):
+        return _less_mean(path[0]) if len(path[0]) <= n_samples else None
     name, source = _source(path)
     seconds = decoders.known_duration(name, source)
     if seconds is not None and seconds * sample_rate <= n_samples:

@@ -20,7 +20,7 @@ from speechbrain.utils.data_pipeline import DataPipeline
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from psla_sb.dataio.audio import AudioError, centred, read_if_short, read_samples
+from psla_sb.dataio.audio import AudioError, centred, opened, read_if_short, read_samples
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
@@ -142,23 +142,27 @@ def clip_loader(
 
 
 class ShortClips(Dataset):
-    """Gives sound files of at most `n_samples`, for a `ClipBatch`; an item of a longer one has `longer` and no samples."""
+    """Gives sounds of at most `n_samples`, for a `ClipBatch`; an item of a longer one has `longer` and no samples.
 
-    def __init__(self, files: Sequence[str], sample_rate: int, n_samples: int) -> None:
-        self.files, self.sample_rate, self.n_samples = files, sample_rate, n_samples
+    Sounds are paths, file objects, or arrays of `array_rate`; an item has them as `opened`.
+    """
+
+    def __init__(self, sounds: Sequence[Any], sample_rate: int, n_samples: int, array_rate: int | None = None) -> None:
+        self.sounds, self.sample_rate, self.n_samples, self.array_rate = sounds, sample_rate, n_samples, array_rate
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.sounds)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        clip, error = None, None
+        sound, clip, error = None, None, None
         try:
-            clip = read_if_short(self.files[row], self.sample_rate, self.n_samples)
-        except AudioError as refused:
+            sound = opened(self.sounds[row], self.array_rate, self.sample_rate)
+            clip = read_if_short(sound, self.sample_rate, self.n_samples)
+        except InputError as refused:
             error = str(refused)
         samples, mean = clip or (torch.zeros(1, dtype=torch.int16), 0.0)
         longer = clip is None and error is None
-        return {"index": row, "samples": samples, "mean": mean, "error": error, "longer": longer}
+        return {"index": row, "opened": sound, "samples": samples, "mean": mean, "error": error, "longer": longer}
 
 
 @contextlib.contextmanager

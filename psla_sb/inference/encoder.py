@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psla_sb.checkpoints.weights import move_statistics
-from psla_sb.dataio.audio import NOT_FINITE, check_scale, read_blocks
+from psla_sb.dataio.audio import NOT_FINITE, Opened, check_scale, named, opened, read_blocks
 from psla_sb.dataio.windows import covering, overlapped, windows
 from psla_sb.errors import InputError
 from psla_sb.lobes import chain
@@ -143,10 +143,18 @@ class SoundEncoder(Pretrained):
             raise ValueError("normalize=True needs statistics of embeddings, which these models do not have")
         return self.encode_features(*self._checked_features(wavs, wav_lens))
 
-    def encode_file(self, path: str | Path) -> FeatureMap:
-        """Computes the feature map of a file that `psla_sb.dataio.audio.read_audio` reads; of a long one, of its first `window`."""
-        wave = next(covering(read_blocks(path, self.hparams.sample_rate), self.window, self.window, self.longest))
-        return self.encode_features(*self._checked_features(wave - wave.mean(), source=path))
+    def encode_file(self, path: Any, sample_rate: int | None = None) -> FeatureMap:
+        """Computes the feature map of a sound, of a long one of its first `window`.
+
+        It is a path or a file object that `psla_sb.dataio.audio.read_audio` reads, or an array of `sample_rate`, see `to_waveform`
+        there.
+        """
+        sound = self._opened(path, sample_rate)
+        wave = next(covering(read_blocks(sound, self.hparams.sample_rate), self.window, self.window, self.longest))
+        return self.encode_features(*self._checked_features(wave - wave.mean(), source=named(sound)))
+
+    def _opened(self, source: Any, sample_rate: int | None) -> Opened:
+        return opened(source, sample_rate, self.hparams.sample_rate)
 
     @cached_property
     def _step(self) -> tuple[int | None, int]:

@@ -1,7 +1,6 @@
 """What users call to tag sounds: a trained tagger, loaded from wherever it is kept."""
 
 import contextlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
 from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
-from psla_sb.dataio.audio import centred, named, read_blocks, read_if_short, to_waveform
+from psla_sb.dataio.audio import Opened, centred, named, read_blocks, read_if_short
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.dataset import ShortClips, init_worker, shared_memory
 from psla_sb.dataio.windows import batches, covering, joined, overlapped, windows
@@ -189,28 +188,16 @@ class AudioTagger(SoundEncoder):
         sample_rate
             Of an array, in Hz.
         """
-        return self._tags(self._scores_of(source, pool, sample_rate), top_k, threshold)
+        return self._tags(self._scores_of(self._opened(source, sample_rate), pool), top_k, threshold)
 
-    def _scores_of(self, source: Any, pool: str = "max", sample_rate: int | None = None) -> Tensor:
+    def _scores_of(self, sound: Opened, pool: str = "max") -> Tensor:
         """Scores one sound: `[classes]`."""
         check_pool(pool)
-        rate, (source, blocks) = self.hparams.sample_rate, self._opened(source, sample_rate)
-        if blocks is None:
-            clip = read_if_short(source, rate, self.longest)
-            if clip is not None:
-                return self.tag_features(*self._checked_features(centred(*clip), source=named(source)))[0]
-            blocks = read_blocks(source, rate)
-        return self._pooled(self._windows_of(blocks), pool, named(source))
-
-    def _opened(self, source: Any, sample_rate: int | None) -> tuple[Any, Iterable[Tensor] | None]:
-        """Gives a path or a file that can be read repeatedly, or an array's waveform at the model's sample rate."""
-        if isinstance(source, str | os.PathLike):
-            return source, None
-        if hasattr(source, "read"):
-            return io.BytesIO(source.read()), None
-        if sample_rate is None:
-            raise InputError("an array of sound needs sample_rate=, in Hz")
-        return "an array of sound", [to_waveform(source, sample_rate, self.hparams.sample_rate)]
+        rate = self.hparams.sample_rate
+        clip = read_if_short(sound, rate, self.longest)
+        if clip is not None:
+            return self.tag_features(*self._checked_features(centred(*clip), source=named(sound)))[0]
+        return self._pooled(self._windows_of(read_blocks(sound, rate)), pool, named(sound))
 
     def _windows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         return covering(blocks, self.window, self.window - self.window // 2, self.longest)
@@ -240,30 +227,36 @@ class AudioTagger(SoundEncoder):
 
     def tag_files(
         self,
-        paths: Iterable[str | Path],
+        paths: Iterable[Any],
         batch_size: int = 16,
         num_workers: int = 0,
         top_k: int = 5,
         threshold: float | None = None,
         progress: bool = True,
         pool: str = "max",
+        sample_rate: int | None = None,
     ) -> Iterator[FileTags]:
-        """Tags many files as `tag_file` does, in their order; one that cannot be tagged has an error.
+        """Tags many of what `tag_file` takes, as it does, in their order; one that cannot be tagged has an error.
 
-        `batch_size` files are on the device together, `num_workers` processes decode; `progress` shows a bar on a terminal.
+        `batch_size` sounds are on the device together; `num_workers` processes decode, if all are paths; `progress` shows a bar on
+        a terminal.
         """
         if min(batch_size, top_k) < 1 or num_workers < 0:
             raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
         check_pool(pool)
-        files = [str(path) for path in paths]
-        clips = ShortClips(files, self.hparams.sample_rate, self.longest)
+        sounds = list(paths)
+        # a file object has one position, which processes would share
+        num_workers = num_workers if all(isinstance(sound, str | os.PathLike) for sound in sounds) else 0
+        clips = ShortClips(sounds, self.hparams.sample_rate, self.longest, sample_rate)
         loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=ClipBatch, worker_init_fn=init_worker)
-        with tqdm(total=len(files), unit=" files", disable=None if progress else True) as bar, shared_memory():
-            for batch in loader if files else ():
-                yield from self._tags_of_batch(batch, files, top_k, threshold, pool)
+        with tqdm(total=len(sounds), unit=" files", disable=None if progress else True) as bar, shared_memory():
+            for batch in loader if sounds else ():
+                for row, scores, error in self._scores_of_batch(batch, pool):
+                    tags = None if scores is None else self._tags(scores, top_k, threshold)
+                    yield FileTags(named(sounds[row]), tags, error)
                 bar.update(len(batch.index))
 
-    def _tags_of_batch(self, batch: Any, files: list[str], top_k: int, threshold: float | None, pool: str) -> Iterator[FileTags]:
+    def _scores_of_batch(self, batch: Any, pool: str) -> Iterator[tuple[int, Tensor | None, str | None]]:
         answers: list[Any] = [None] * len(batch.index)
         wavs, lens = batch.to(self.device).sig
         short = [row for row in range(len(answers)) if not (batch.error[row] or batch.longer[row])]
@@ -271,13 +264,13 @@ class AudioTagger(SoundEncoder):
             # of a batch that is refused, each clip is tagged by itself
             for row, scores in zip(short, self.score_batch(wavs[short], lens[short]).cpu() if short else (), strict=True):
                 answers[row] = scores
-        for row, error, scores in zip(batch.index, batch.error, answers, strict=True):
+        for row, sound, error, scores in zip(batch.index, batch.opened, batch.error, answers, strict=True):
             if scores is None and error is None:
                 try:
-                    scores = self._scores_of(files[row], pool)
+                    scores = self._scores_of(sound, pool)
                 except InputError as refused:
                     error = str(refused)
-            yield FileTags(files[row], None if error else self._tags(scores, top_k, threshold), error)
+            yield row, scores, error
 
     def classify_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Gives what SpeechBrain's method does: scores `[batch, classes]`; the best class's score, index and label, `[batch]`."""
@@ -285,7 +278,7 @@ class AudioTagger(SoundEncoder):
 
     def classify_file(self, path: Any, sample_rate: int | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Gives what `classify_batch` does, of whatever `tag_file` takes."""
-        return self._classified(self._scores_of(path, sample_rate=sample_rate)[None])
+        return self._classified(self._scores_of(self._opened(path, sample_rate))[None])
 
     def _classified(self, scores: Tensor) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         best, index = scores.max(dim=-1)
@@ -312,10 +305,9 @@ class AudioTagger(SoundEncoder):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
-        path, blocks = self._opened(path, sample_rate)
-        blocks = read_blocks(path, self.hparams.sample_rate) if blocks is None else blocks
-        pieces = windows(blocks, n_samples, hop_samples)
-        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, named(path)), hop_steps))
+        sound = self._opened(path, sample_rate)
+        pieces = windows(read_blocks(sound, self.hparams.sample_rate), n_samples, hop_samples)
+        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, named(sound)), hop_steps))
         return Timeline(self.step_times(len(scores)).numpy(), scores, self.labels, list(self.hparams.mids))
 
     events = staticmethod(events)
