@@ -1,11 +1,16 @@
 """Files that appear whole or not at all, and folders that one process at a time writes to."""
 
 import contextlib
+import errno
 import fcntl
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from speechbrain.utils.logger import get_logger
 
@@ -38,8 +43,35 @@ def flush(path: str | Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # some network file systems know no flush of a folder, and need none
+        if not (os.path.isdir(path) and error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EBADF)):
+            raise
     finally:
         os.close(descriptor)
+
+
+def append(path: str | Path, text: str, header: str = "") -> None:
+    """Appends to a file, after `header` if it is new; several processes, also on other machines, do so one after the other."""
+    with write_errors(path), open(path, "a", newline="", encoding="utf-8") as file:
+        # where clients of a network file system append, each to the end that it knows of, a lock makes them look again
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.write((header if file.seek(0, os.SEEK_END) == 0 else "") + text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def wait_for(path: str | Path, seconds: float = 120.0) -> None:
+    """Waits for a file that another machine has written: network file systems show it some time later."""
+    end = time.monotonic() + seconds
+    while not os.path.exists(path):
+        if time.monotonic() > end:
+            raise InputError(f"{path}: not seen here {seconds:.0f} s after another process has written it; is the folder shared?")
+        # which makes the file system look again
+        with contextlib.suppress(OSError):
+            os.listdir(os.path.dirname(path) or ".")
+        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -74,6 +106,28 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """Writes a file as `atomic_write` does; text becomes UTF-8."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON as the standard has it, which knows no NaN and no infinity: null stands for them."""
+    write_file(path, json.dumps(_finite(content), indent=1, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """Reads what a JSON file says; None if it is not there, or not as it was written: what it is about is then done again."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 @contextlib.contextmanager

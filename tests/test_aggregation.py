@@ -270,7 +270,7 @@ def test_progress_without_its_files_is_not_believed(members, clips, tmp_path, mo
         patch.setattr(aggregation, "check_audio", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
             score(members, *clips, tmp_path / "killed", batch_size=2)
-    assert json.loads((tmp_path / "killed" / f"{UNFINISHED}pass_0.json").read_text()) == {"batches": 2}
+    assert json.loads((tmp_path / "killed" / f"{UNFINISHED}pass_0.json").read_text())["batches"] == 2
     (tmp_path / "killed" / f"{UNFINISHED}a2.npy").unlink()
     score(members, *clips, tmp_path / "killed", batch_size=2)
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

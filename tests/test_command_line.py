@@ -118,6 +118,7 @@ def error_of(capsys, *arguments):
         (["--opt=x"], "has no key 'opt'."),
         (["--dev=cpu"], "has no key 'dev'. Did you mean 'device'?"),
         (["--test_onl=1"], "Did you mean 'test_only'?"),
+        (["--epochs=3"], "Did you mean 'number_of_epochs'?"),
         (["--data_folder"], "'--data_folder' has no value"),
         (["--data_folder", "--seed=1"], "'--data_folder' has no value"),
         (["/data"], "'/data': an override of a YAML key is written --KEY=VALUE"),
@@ -132,7 +133,9 @@ def error_of(capsys, *arguments):
         (["--device=cuda:99"], "--device=cuda:99 cannot be used"),
     ],
 )
-def test_mistake_is_named(arguments, message, capsys):
+def test_mistake_is_named(arguments, message, capsys, tmp_path, monkeypatch):
+    # where there are no results of another run
+    monkeypatch.chdir(tmp_path)
     printed = error_of(capsys, "hparams/mini.yaml", *arguments)
     assert printed.startswith("error: ")
     assert message in printed

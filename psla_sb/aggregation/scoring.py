@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -10,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from speechbrain.utils.distributed import ddp_barrier, if_main_process
+from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process, run_on_main
 from tqdm import tqdm
 
 from psla_sb.checkpoints.sources import Source, open_source
-from psla_sb.dataio.bad_clips import check_audio
+from psla_sb.dataio.bad_clips import check_audio, listed, state_of_sounds
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.files import UNFINISHED, atomic_write, flush, write_file
+from psla_sb.files import UNFINISHED, atomic_write, flush, read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import new_array, stamp
 from psla_sb.labels.vocabulary import Vocabulary
@@ -26,6 +28,8 @@ from psla_sb.lobes import chain
 
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
+# That are looked through at a time.
+ROWS_AT_ONCE = 65_536
 
 
 def score(
@@ -71,31 +75,70 @@ def score(
     InputError
         A member cannot be loaded, or has other classes; or a sound file cannot be read.
     """
-    folder, run_opts = Path(folder), run_opts or {"device": "cpu"}
+    folder, run_opts, check = Path(folder), run_opts or {"device": "cpu"}, check or check_audio
     of_clips = {**stamp(manifest, vocabulary), "precision": run_opts.get("precision", "fp32"), "crop": crop}
     sources = {name: open_source(member, labels, trust) for name, member in members.items()}
-    made_from = {name: {"weights": source.digest(), **of_clips} for name, source in sources.items()}
     files = {name: folder / f"{name}.npy" for name in members}
-    waiting = [name for name, file in files.items() if not file.exists() or _read(file.with_suffix(".json")) != made_from[name]]
-    ddp_barrier()
+
+    def load(name: str) -> AudioTagger:
+        tagger = AudioTagger.from_source(sources[name], run_opts=run_opts)
+        if list(tagger.hparams.mids) != vocabulary.mids:
+            raise InputError(f"{sources[name].path} has other classes than the class list, or in another order")
+        return tagger
+
+    # what is there, and what fits, is for one process to say: others may see other files, and have other memory free
+    of_clips |= run_on_main(state_of_sounds, [manifest, check])
+    made_from = {name: {"weights": source.digest(), **of_clips} for name, source in sources.items()}
+    waiting = run_on_main(
+        lambda: [
+            name for name, file in files.items() if not file.exists() or read_json(file.with_suffix(".json")) != made_from[name]
+        ]
+    )
     while waiting:
         taggers: dict[str, AudioTagger] = {}
-        while waiting and (len(taggers) < at_a_time if at_a_time else _has_room(taggers)):
-            tagger = AudioTagger.from_source(sources[waiting[0]], run_opts=run_opts)
-            if list(tagger.hparams.mids) != vocabulary.mids:
-                raise InputError(f"{sources[waiting[0]].path} has other classes than the class list, or in another order")
-            taggers[waiting.pop(0)] = tagger
-        settings = {"members": {name: made_from[name] for name in taggers}, "batch_size": batch_size, "crop": crop}
+        for name in waiting if if_main_process() else ():
+            if len(taggers) >= at_a_time if at_a_time else not _has_room(taggers):
+                break
+            tagger = load(name)
+            # of the centre, members of one length hear the same
+            if crop == "first" or all(tagger.n_samples == other.n_samples for other in taggers.values()):
+                taggers[name] = tagger
+        together = ddp_broadcast(list(taggers))
+        taggers = taggers or {name: load(name) for name in together}
+        waiting = [name for name in waiting if name not in taggers]
+        settings = {"members": {name: _less_bad_clips(made_from[name]) for name in taggers}, "batch_size": batch_size, "crop": crop}
         _score_together(taggers, manifest, folder, settings, num_workers, check)
-        if if_main_process():
-            for name in taggers:
-                os.replace(folder / f"{UNFINISHED}{name}.npy", files[name])
-                write_file(files[name].with_suffix(".json"), json.dumps(made_from[name]))
-            for note in folder.glob(f"{UNFINISHED}pass_*.json"):
-                note.unlink()
-        ddp_barrier()
+        # which clips are scored as silence is known now
+        run_on_main(
+            _publish, [folder, {name: {**made_from[name], **state_of_sounds(manifest, check)} for name in taggers}, manifest]
+        )
+    for file in files.values():
+        wait_for(file)
     # copy-on-write, since PyTorch warns of arrays that are read-only
     return {name: np.load(file, mmap_mode="c") for name, file in files.items()}
+
+
+def _less_bad_clips(stamped: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pass that goes on must have been begun with: clips that it has found to be bad since are in its own notes."""
+    return {key: value for key, value in stamped.items() if key != "bad_clips"}
+
+
+def _publish(folder: Path, made_from: Mapping[str, Any], manifest: Manifest) -> None:
+    """Gives scores their names, and their stamps, if all of them are numbers."""
+    for note in folder.glob(f"{UNFINISHED}pass_*.json"):
+        note.unlink()
+    for name in made_from:
+        scores = np.load(folder / f"{UNFINISHED}{name}.npy", mmap_mode="r")
+        for start in range(0, len(scores), ROWS_AT_ONCE):
+            rows = np.flatnonzero(np.isnan(scores[start : start + ROWS_AT_ONCE]).any(axis=1))
+            if len(rows):
+                clip = manifest[start + int(rows[0])]
+                raise InputError(
+                    f"{name}: what it scores clip '{clip['id']}' ({clip['wav']}) is not a number; are its weights whole?"
+                )
+    for name, stamped in made_from.items():
+        os.replace(folder / f"{UNFINISHED}{name}.npy", folder / f"{name}.npy")
+        write_file(folder / f"{name}.json", json.dumps(stamped))
 
 
 def _score_together(
@@ -104,10 +147,10 @@ def _score_together(
     folder: Path,
     settings: Mapping[str, Any],
     num_workers: int,
-    check: Callable | None,
+    check: Callable,
 ) -> None:
     """One pass over the clips, from where an earlier one with the same settings was interrupted."""
-    rank, world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, here = rank_and_world_size()[0], _ranks_here()
     n_clips, batch_size = len(manifest), settings["batch_size"]
     hparams = [tagger.hparams for tagger in taggers.values()]
     n_classes, sample_rate = len(hparams[0].mids), hparams[0].sample_rate
@@ -115,15 +158,11 @@ def _score_together(
         raise InputError(f"{', '.join(taggers)}: members have different sample rates; aggregate those of one rate")
     lengths = [tagger.n_samples for tagger in taggers.values()]
     n_samples = None if None in lengths else max(length for length in lengths if length is not None)
-    batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)][rank::world_size]
-    if int(os.environ.get("GROUP_RANK", 0)) > 0:
-        # machines that map one file over a network lose each other's rows: the first one scores, the others wait
-        rank, batches = int(os.environ["RANK"]), []
-
-    settings = {**settings, "ranks": world_size}
+    batches = [range(row, min(row + batch_size, n_clips)) for row in range(0, n_clips, batch_size)]
+    settings = {**settings, "ranks": len(here)}
     paths = {name: folder / f"{UNFINISHED}{name}.npy" for name in taggers}
     note, begun = folder / f"{UNFINISHED}pass_{rank}.json", folder / f"{UNFINISHED}pass_all.json"
-    if if_main_process() and (_read(begun) != settings or not all(path.exists() for path in paths.values())):
+    if if_main_process() and (read_json(begun) != settings or not all(path.exists() for path in paths.values())):
         # rows that a rank believes to have written are in these very files, or in none
         for stale in folder.glob(f"{UNFINISHED}pass_*.json"):
             stale.unlink()
@@ -132,7 +171,14 @@ def _score_together(
                 new_array(temporary, (n_clips, n_classes))
         write_file(begun, json.dumps(settings))
     ddp_barrier()
-    done = (_read(note) or {"batches": 0})["batches"]
+    if rank not in here:
+        # machines that map one file over a network lose each other's rows: the first one scores, the others wait
+        ddp_barrier()
+        return
+    batches = batches[here.index(rank) :: len(here)]
+    noted = read_json(note) or {"batches": 0, "bad_clips": []}
+    # a clip that was scored as silence, and is not in the list any more, was mended
+    done = noted["batches"] if set(noted["bad_clips"]) <= set(listed(check)) else 0
     out = {name: np.lib.format.open_memmap(path, "r+") for name, path in paths.items()}
 
     front_ends: dict[Hashable, list[AudioTagger]] = defaultdict(list)
@@ -142,7 +188,7 @@ def _score_together(
     total, first = sum(map(len, batches)), sum(map(len, batches[:done]))
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
-            (check or check_audio)(batch)
+            check(batch)
             wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
             scores: dict[AudioTagger, torch.Tensor] = {}
             for same in front_ends.values():
@@ -153,9 +199,17 @@ def _score_together(
             bar.update(len(batch.index))
             if count % BATCHES_AT_ONCE == 0:
                 _flush(out, paths)
-                write_file(note, json.dumps({"batches": count}))
+                write_file(note, json.dumps({"batches": count, "bad_clips": listed(check)}))
     _flush(out, paths)
     ddp_barrier()
+
+
+def _ranks_here() -> list[int]:
+    """The processes on the machine of the first one."""
+    hosts: list[Any] = [None] * rank_and_world_size()[1]
+    if len(hosts) > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return [rank for rank, host in enumerate(hosts) if host == hosts[0]]
 
 
 def _scores_of(taggers: Sequence[AudioTagger], wavs: torch.Tensor, wav_lens: torch.Tensor | None) -> torch.Tensor:
@@ -170,15 +224,6 @@ def _flush(arrays: Mapping[str, np.memmap], paths: Mapping[str, Path]) -> None:
     for name, array in arrays.items():
         array.flush()
         flush(paths[name])
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a JSON file says; None if it is not there, or not as it was written: what it is about is then done again."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _has_room(taggers: Mapping[str, AudioTagger]) -> bool:

@@ -17,12 +17,12 @@ from speechbrain.utils.checkpoints import (
     get_default_hook,
     torch_recovery,
 )
-from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only
+from speechbrain.utils.distributed import ddp_barrier, if_main_process, main_process_only, run_on_main
 from torch import nn
 
 from psla_sb.checkpoints.weights import put_state, state_of
 from psla_sb.errors import InputError
-from psla_sb.files import UNFINISHED, flush, write_errors
+from psla_sb.files import UNFINISHED, flush, wait_for, write_errors
 
 
 class AtomicCheckpointer(Checkpointer):
@@ -52,6 +52,10 @@ class AtomicCheckpointer(Checkpointer):
                     shutil.rmtree(folder)
         ddp_barrier()
         return super().recover_if_possible(*args, **kwargs)
+
+    def find_checkpoints(self, *args: Any, **kwargs: Any) -> list[Checkpoint]:
+        """As SpeechBrain's, but the first process looks: over a network others may see what was there before."""
+        return run_on_main(super().find_checkpoints, args, kwargs)
 
     def _new_checkpoint_dirpath(self) -> Path:
         path = super()._new_checkpoint_dirpath()
@@ -99,6 +103,8 @@ class AtomicCheckpointer(Checkpointer):
         for name, recoverable in self.recoverables.items():
             if isinstance(recoverable, nn.Module) or get_default_hook(recoverable, DEFAULT_LOAD_HOOKS) is torch_recovery:
                 self.custom_load_hooks.setdefault(name, load_tensors)
+        for file in checkpoint.paramfiles.values():
+            wait_for(file)
         try:
             super().load_checkpoint(checkpoint)
         except Exception as error:  # a broken file raises whatever the unpickler stumbles over

@@ -1,16 +1,19 @@
 """What a run leaves in its output folder, under which names, and what its `results.json` says."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write, write_file
+from psla_sb.files import atomic_write, write_json
 
 # The run's settings, resolved, as SpeechBrain writes them; and its classes: with both a snapshot can be loaded.
 HPARAMS, CLASSES = "hyperparams.yaml", "class_labels_indices.csv"
+# What the run is, see `psla_sb.experiment.identity`.
+IDENTITY = "identity.json"
 
 
 def snapshot_path(folder: str | Path, epoch: int) -> Path:
@@ -46,8 +49,13 @@ def write_scores(folder: str | Path, name: str, scores: np.ndarray) -> None:
         np.save(temporary, scores.astype(np.float32, copy=False))
 
 
+def sounds_path(folder: str | Path, epoch: int) -> Path:
+    """Where it says of which sounds the validation scores of an epoch are."""
+    return prediction_path(folder, f"valid_epoch_{epoch:02d}").with_suffix(".json")
+
+
 def read_results(folder: str | Path) -> dict[str, Any]:
-    """What `results.json` of a run says so far; nothing if there is none.
+    """What `results.json` of a run says so far, NaN where it has null; nothing if there is none.
 
     Example
     -------
@@ -61,12 +69,20 @@ def read_results(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a JSON file ({error}); put back the one that the run wrote") from None
     if not isinstance(results, dict) or not isinstance(results.get("epochs", []), list):
         raise InputError(f"{path}: not the figures of a run; put back the file that the run wrote")
-    return results
+    return _nan_of_null(results)
+
+
+def _nan_of_null(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _nan_of_null(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_nan_of_null(value) for value in content]
+    return math.nan if content is None else content
 
 
 def write_results(folder: str | Path, results: dict[str, Any]) -> None:
     """Writes `results.json` of a run, whole or not at all."""
-    write_file(Path(folder) / "results.json", json.dumps(results, indent=1))
+    write_json(Path(folder) / "results.json", results)
 
 
 def trained_epochs(folder: str | Path) -> list[dict[str, Any]]:
@@ -85,4 +101,4 @@ def best_epoch(epochs: list[dict[str, Any]]) -> int:
     >>> best_epoch([{"epoch": 1, "mAP": 0.2}, {"epoch": 2, "mAP": 0.1}])
     1
     """
-    return max(epochs, key=lambda epoch: epoch["mAP"])["epoch"]
+    return max(epochs, key=lambda epoch: -math.inf if math.isnan(epoch["mAP"]) else epoch["mAP"])["epoch"]

@@ -1,14 +1,21 @@
 """What a run does with sound files that cannot be read: it stops, or it goes on and lists them."""
 
 import csv
-from collections.abc import Callable
+import hashlib
+import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.dataio.audio import AudioError
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
+from psla_sb.files import append
 
 logger = get_logger(__name__)
 
@@ -65,14 +72,17 @@ class BadClips:
             )
 
     def _add(self, clip: str, error: str) -> None:
-        with open(self.file, "a", newline="", encoding="utf-8") as stream:
-            header = [HEADER] if stream.tell() == 0 else []
-            # in one piece: other processes write to it as well
-            csv.writer(stream).writerows([*header, [self.name, clip, " ".join(error.split())]])
+        append(self.file, csv_line([self.name, clip, " ".join(error.split())]), csv_line(HEADER))
         self.known.add(clip)
         logger.warning(
             f"{error} (so far {len(self.known)} of the {self.n_clips} clips of the {self.name} set; {self.file} lists them)"
         )
+
+    def listed(self) -> list[str]:
+        """Gives the clips of the set that are in the list."""
+        self.known, self.n_read = set(), 0
+        self._read()
+        return sorted(self.known)
 
     def _read(self) -> None:
         """Takes up what has been added to the list since the last time."""
@@ -83,6 +93,25 @@ class BadClips:
             # a kill may have cut the last row, and a person may have edited the list
             self.known.update(row[1] for row in csv.reader(stream) if row[:1] == [self.name] and len(row) > 1)
             self.n_read = stream.tell()
+
+
+def csv_line(cells: Sequence[Any]) -> str:
+    """Writes the row of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)
+    return text.getvalue()
+
+
+def listed(check: Callable) -> list[str]:
+    """Gives the clips that are scored as silence by what `audio_check` returned."""
+    return check.listed() if isinstance(check, BadClips) else []
+
+
+def state_of_sounds(manifest: Manifest, check: Callable) -> dict[str, str]:
+    """Tells whether scores are of sounds as they are now: size and time of their files, and which are scored as silence."""
+    silent = pa.array(listed(check), pa.string())
+    known = manifest.table["ID"].filter(pc.is_in(manifest.table["ID"], silent)).to_pylist()
+    return {"sounds": manifest.state_of_files(), "bad_clips": hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()}
 
 
 def audio_check(policy: str, folder: str | Path, name: str, n_clips: int) -> Callable[[PaddedBatch], None]:

@@ -6,7 +6,8 @@ Two million clips are the normal case, so a `Manifest` is an Arrow table: rows b
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from psla_sb.dataio import packs
 from psla_sb.errors import InputError
 from psla_sb.files import atomic_write, write_file
 from psla_sb.labels.label_sets import LabelSets
@@ -152,15 +154,32 @@ class Manifest:
             paths = pc.replace_substring(paths, placeholder, str(self.data_root))
         return paths
 
-    def digest(self) -> str:
-        """Computes the SHA-256 of the IDs and paths, which tells whether scores are of these clips."""
+    def digest(self, columns: Sequence[str] = ("ID", "wav")) -> str:
+        """Computes the SHA-256 of the IDs and paths, which tells whether scores are of these clips, or of other columns."""
         digest = hashlib.sha256()
-        for column in (self.table["ID"], self.table["wav"]):
+        for column in map(self.table.column, columns):
             # in pieces, because they are copied
             for start in range(0, len(self), 1_000_000):
                 values = column.slice(start, 1_000_000).combine_chunks()
                 lines = pc.binary_join(pa.ListArray.from_arrays([0, len(values)], values), "\n")
                 digest.update(lines[0].as_buffer())
+        return digest.hexdigest()
+
+    def state_of_files(self) -> str:
+        """Computes the SHA-256 of the sizes and times of change of the clips' files, which tells that a sound was replaced."""
+        digest, packs_seen = hashlib.sha256(), dict[str, str]()
+        paths = self.paths()
+        for start in range(0, len(paths), 100_000):
+            states = []
+            for path in paths[start : start + 100_000].to_pylist():
+                place = packs.locate(path)
+                state = packs_seen.get(place.pack) if place else None
+                if state is None:
+                    state = _file_state(path)
+                    if state is None and place:
+                        state = packs_seen[place.pack] = _file_state(place.pack) or "missing"
+                states.append(state or "missing")
+            digest.update("\n".join(states).encode())
         return digest.hexdigest()
 
     def targets(self, vocabulary: Vocabulary) -> np.ndarray:
@@ -207,6 +226,14 @@ class Manifest:
         joined = pc.binary_join(pa.LargeListArray.from_arrays(pa.array(label_sets.offsets, pa.int64()), mids), ";")
         column = self.table.column_names.index("labels")
         return Manifest(self.table.set_column(column, "labels", joined), self.data_root, self.source)
+
+
+def _file_state(path: str) -> str | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _read_table(path: str | Path, block_size: int = READ_BLOCK_SIZE) -> pa.Table:

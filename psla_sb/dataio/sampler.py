@@ -6,6 +6,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from speechbrain.dataio.sampler import ReproducibleWeightedRandomSampler
 from torch.utils.data import BatchSampler, Sampler
@@ -16,6 +17,17 @@ from psla_sb.labels.label_sets import LabelSets
 CHUNK = 65536
 # Purposes of `draw_rng`.
 CROP, REDRAW = 1, 2
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Tells which of how many processes that train together this one is: 0 of 1 where there are no others.
+
+    Environment variables do not tell: schedulers set some of them for processes that know nothing of each other.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
 
 
 def class_balanced_weights(label_sets: LabelSets | Sequence[Sequence[int]], n_classes: int, offset: float = 0.01) -> np.ndarray:

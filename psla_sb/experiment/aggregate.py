@@ -3,7 +3,6 @@
 The YAML file, `hparams/aggregate.yaml` of a recipe, says which models and on which clips.
 """
 
-import json
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import launch
 from psla_sb.experiment.hparams import crop_of, load_hparams
-from psla_sb.files import atomic_write, write_file
+from psla_sb.files import atomic_write, write_json
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import stamp
 from psla_sb.labels.vocabulary import Vocabulary
@@ -97,7 +96,7 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
     if selection is not None:
         scores = score(sources, selection, vocabulary, folder / "selection_scores", check=check("selection", selection), **options)
         targets = selection.targets(vocabulary)
-        order, precisions = greedy_selection([scores[name] for name in sources], targets)
+        order, precisions = run_on_main(greedy_selection, [[scores[name] for name in sources], targets])
         chosen = [chosen[i] for i in order]
         best = max(sources, key=lambda name: summarize(scores[name], targets)["mAP"])
         picked = {"annotation_file": selection.source, "mAP": precisions, "best_single": best}
@@ -126,7 +125,7 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
         report["best_single"] = picked["best_single"]
     with atomic_write(folder / "ensemble.npy") as temporary:
         np.save(temporary, ensemble.astype(np.float32))
-    write_file(folder / "ensemble.json", json.dumps(report, indent=1))
+    write_json(folder / "ensemble.json", report)
     write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
     if hparams["export"]:
         export_ensemble(folder / "tagger", members, vocabulary)

@@ -1,9 +1,8 @@
 """What happens to a batch, and at the end of an epoch."""
 
-import csv
 import inspect
+import json
 import logging
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, write_results, write_scores
+from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, sounds_path, write_results, write_scores
 from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, remember_statistics, save_weights, trained_modules
-from psla_sb.dataio.bad_clips import audio_check, check_audio
+from psla_sb.dataio.bad_clips import audio_check, check_audio, csv_line, state_of_sounds
 from psla_sb.dataio.batches import ClipBatch
+from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError, Interrupted
+from psla_sb.files import append, write_file
 from psla_sb.lobes import chain
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
@@ -81,6 +83,7 @@ class TaggingBrain(sb.Brain):
     """
 
     stop_requested = False
+    valid_manifest: Manifest | None = None
     # by stage; replaced, never changed
     audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
     n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
@@ -155,7 +158,7 @@ class TaggingBrain(sb.Brain):
         """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
         self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
         self.batch_ids = batch.id
-        rank = int(os.environ.get("RANK", 0))
+        rank, _ = rank_and_world_size()
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
         np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
@@ -167,13 +170,12 @@ class TaggingBrain(sb.Brain):
         """As SpeechBrain's, but lists the clips of batches whose loss is not finite in `nonfinite_batches.csv`."""
         if not torch.isfinite(loss):
             file = Path(self.hparams.output_folder) / "nonfinite_batches.csv"
-            with open(file, "a", newline="", encoding="utf-8") as stream:
-                csv.writer(stream).writerows([self.optimizer_step, self.step, clip] for clip in self.batch_ids)
+            append(file, "".join(csv_line([self.optimizer_step, self.step, clip]) for clip in self.batch_ids))
             if self.nonfinite_count >= self.nonfinite_patience:
                 raise InputError(
                     f"the loss was not finite in more than nonfinite_patience={self.nonfinite_patience} batches of this epoch; "
                     f"{file} lists their clips (optimizer step, step, ID). The weights are as they were before these batches. "
-                    "Lower lr, or look at these clips."
+                    "Look at these clips, or lower lr, in another output_folder."
                 )
         super().check_loss_isfinite(loss)
 
@@ -202,12 +204,14 @@ class TaggingBrain(sb.Brain):
         check = audio_check(policy, folder, stage.name.lower(), len(dataset))
         self.audio_checks = {**self.audio_checks, stage: check}
         if stage != sb.Stage.TRAIN:
-            rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            rank, world_size = rank_and_world_size()
             size = loader_kwargs.pop("batch_size")
             n_clips = min(len(dataset), self.debug_batches * size * world_size) if self.debug else len(dataset)
             starts = range(rank * size, n_clips, world_size * size)
             loader_kwargs["batch_sampler"] = [range(start, min(start + size, n_clips)) for start in starts]
             self.n_clips = {**self.n_clips, stage: n_clips}
+        if stage == sb.Stage.VALID and isinstance(getattr(dataset, "data", None), Manifest) and not self.debug:
+            self.valid_manifest = dataset.data
         if getattr(dataset, "compact", False):
             loader_kwargs.setdefault("collate_fn", ClipBatch)
         return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
@@ -311,6 +315,9 @@ class TaggingBrain(sb.Brain):
             "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
         }
         self.epochs.append(record)
+        if self.valid_manifest is not None:
+            sounds = state_of_sounds(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
+            write_file(sounds_path(folder, epoch), json.dumps(sounds))
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
         write_results(folder, {"epochs": self.epochs})
         for train_logger in as_list(self.hparams.train_logger):

@@ -1,11 +1,11 @@
 """What a trained run reports: the figures of its epochs, of their weight average and of their ensemble."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.distributed import run_on_main
 
 from psla_sb.aggregation.averaging import average_weights
 from psla_sb.aggregation.scoring import score
@@ -15,17 +15,19 @@ from psla_sb.checkpoints.run_folder import (
     prediction_path,
     read_results,
     snapshot_path,
+    sounds_path,
     write_results,
     write_scores,
 )
 from psla_sb.checkpoints.sources import Snapshot
 from psla_sb.checkpoints.tagger_folder import trust_options
 from psla_sb.checkpoints.weights import load_into, save_weights, trained_modules
-from psla_sb.dataio.bad_clips import audio_check
+from psla_sb.dataio.bad_clips import audio_check, state_of_sounds
 from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
+from psla_sb.files import read_json, wait_for
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import FIGURES, METRICS, MeanScores, summarize, table_cells, table_heads
@@ -60,19 +62,19 @@ def evaluate(
     evaluation clips are scored after every epoch, and those scores serve here. The modules get the averaged weights.
     """
     hparams, folder = brain.hparams, Path(brain.hparams.output_folder)
-    results = read_results(folder)
+    results = run_on_main(read_results, [folder])
     epochs = results.get("epochs")
     if not epochs:
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
     averaged = [number for number in numbers if number >= hparams.average_start] or numbers[-1:]
-    best = best_epoch(epochs)
 
     def write_average() -> None:
         load_into(trained_modules(hparams.modules), average_weights([snapshot_path(folder, number) for number in averaged]))
         save_weights(trained_modules(hparams.modules), average_path(folder))
 
     run_on_main(write_average)
+    wait_for(average_path(folder))
     manifest = dataset.data
     if brain.debug:
         # as many as validation has scored
@@ -80,8 +82,9 @@ def evaluate(
         manifest = Manifest(manifest.table.slice(0, n_clips), manifest.data_root, manifest.source)
     targets = manifest.targets(vocabulary)
     members = {f"{name}_weight_average": in_memory(brain, average_path(folder))}
-    if name == "test":
-        members |= {f"test_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in numbers}
+    check = audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest))
+    again = numbers if name == "test" else run_on_main(_stale, [folder, numbers, manifest, check])
+    members |= {f"{name}_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in again}
     scores = score(
         members,
         manifest,
@@ -91,18 +94,44 @@ def evaluate(
         loader["num_workers"],
         {"device": str(brain.device), "precision": brain.eval_precision},
         crop=getattr(hparams, "eval_crop", "first"),
-        check=audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest)),
+        check=check,
     )
-    each = {number: {figure: epoch[figure] for figure in FIGURES} for number, epoch in zip(numbers, epochs, strict=True)}
-    mean = MeanScores()
-    for number in numbers:
+    return run_on_main(_report, [brain, results, name, averaged, again, targets, scores[f"{name}_weight_average"]])
+
+
+def _stale(folder: Path, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
+    """Epochs whose validation scores are of sounds that have been changed since, such as clips that could not be read."""
+    known = {number: sounds_path(folder, number) for number in numbers if sounds_path(folder, number).is_file()}
+    now = state_of_sounds(manifest, check) if known else {}
+    said = {number: read_json(path) or {} for number, path in known.items()}
+    return [number for number, sounds in said.items() if any(sounds.get(key) != value for key, value in now.items())]
+
+
+def _report(
+    brain: TaggingBrain,
+    results: dict[str, Any],
+    name: str,
+    averaged: list[int],
+    again: Sequence[int],
+    targets: np.ndarray,
+    weight_average: np.ndarray,
+) -> dict[str, Any]:
+    """Computes the figures of what was scored, and writes them and the ensemble's scores."""
+    folder, epochs = Path(brain.hparams.output_folder), results["epochs"]
+    numbers = [epoch["epoch"] for epoch in epochs]
+    each, mean = {}, MeanScores()
+    for number, epoch in zip(numbers, epochs, strict=True):
         scored = np.load(prediction_path(folder, f"{name}_epoch_{number:02d}"))
         ensemble = mean.add(scored)
-        if name == "test":
-            each[number] = summarize(scored, targets)
+        figures = summarize(scored, targets) if number in again else epoch
+        each[number] = {figure: figures[figure] for figure in FIGURES}
+        if name == "valid" and again:
+            epoch |= {**each[number], "ensemble_mAP": summarize(ensemble, targets)["mAP"]}
+            epoch |= {"valid_loss": figures["loss"]} if number in again and brain.loss is binary_cross_entropy else {}
+    best = best_epoch(epochs)
     last_epochs_mean = {figure: float(np.mean([each[number][figure] for number in averaged])) for figure in FIGURES}
     results["evaluation"] = {
-        "weight_average": {**summarize(scores[f"{name}_weight_average"], targets), "epochs": averaged},
+        "weight_average": {**summarize(weight_average, targets), "epochs": averaged},
         "last": {**{figure: each[numbers[-1]][figure] for figure in FIGURES}, "epochs": numbers[-1:]},
         "best": {**{figure: each[best][figure] for figure in FIGURES}, "epochs": [best]},
         "last_epochs_mean": {**last_epochs_mean, "epochs": averaged},
@@ -110,9 +139,8 @@ def evaluate(
         "chance": {"mAP": float(targets.mean(axis=0)[targets.any(axis=0)].mean())},
     }
     results["meaning"] = {**MEANING, **ROWS}
-    if if_main_process():
-        write_scores(folder, f"{name}_ensemble", ensemble)
-        write_results(folder, results)
+    write_scores(folder, f"{name}_ensemble", ensemble)
+    write_results(folder, results)
     return results
 
 

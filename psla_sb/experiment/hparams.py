@@ -1,10 +1,12 @@
 """A recipe's command line and its YAML file -> what they describe, or an error that says which key is wrong."""
 
 import argparse
+import contextlib
+import copy
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from psla_sb.checkpoints.definitions import definitions_text, read_yaml, refer_t
 from psla_sb.checkpoints.trust import as_names
 from psla_sb.dataio.dataset import CROPS
 from psla_sb.errors import InputError
+from psla_sb.files import wait_for
 from psla_sb.labels.vocabulary import Vocabulary
 
 # Keys that a recipe's YAML file needs, besides those that its own parts refer to. Looked for before anything is done: some are
@@ -37,6 +40,9 @@ def prepare(hparams: Mapping[str, Any]) -> Vocabulary:
     if not hparams["skip_prep"]:
         for step in hparams["prepare"]:
             run_on_main(step)
+    files = [hparams[key] for key in ("class_list", "train_annotation", "valid_annotation", "test_annotation") if hparams[key]]
+    for file in run_on_main(lambda: list(filter(os.path.exists, files))):
+        wait_for(file)
     vocabulary = Vocabulary.from_csv(hparams["class_list"])
     if len(vocabulary) != hparams["n_classes"]:
         raise InputError(
@@ -136,6 +142,17 @@ def load_hparams(
     ...
     psla_sb.errors.InputError: ...psla.yaml has no key 'batchsize'. Did you mean 'batch_size'?
     """
+    return build_hparams(file, read_settings(file, overrides, required, paths, if_there), paths)
+
+
+def read_settings(
+    file: str | Path,
+    overrides: Mapping[str, Any],
+    required: Sequence[str] = REQUIRED_KEYS,
+    paths: Sequence[str] = PATH_KEYS,
+    if_there: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Reads a YAML file with overrides, and resolves its references; arguments and errors are those of `load_hparams`."""
     keys = read_yaml(file)
     # every recipe can be told whom to trust, also by a YAML file of before there was such a key
     trust = as_names(overrides.get("trust", keys.get("trust")))
@@ -143,27 +160,54 @@ def load_hparams(
     overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
     for key in overrides:
         if key not in keys:
-            near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
-            raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+            near = _near(key, list(map(str, keys)), list(RunOptions().keys()))
+            raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near}'?" if near else ""))
     for key, value in keys.items():
-        if getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER" and key not in overrides:
+        placeholder = getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER"
+        if placeholder and key not in overrides:
             what = (
                 "the folder with the data set, see the recipe's README.md" if key == "data_folder" else "see the key in that file"
             )
             raise InputError(f"{file} needs --{key}=... ({what}). Without any data, run hparams/mini.yaml: it makes its own.")
+        if placeholder and key == "data_folder" and not Path(str(overrides[key])).is_dir():
+            raise InputError(f"{overrides[key]}: no such folder, which --data_folder names")
     missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
     # before anything is built: building makes folders
     check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
+    with _building(file), open(file, encoding="utf-8") as stream:
+        settings = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+    return {**settings, "trust": trust}
+
+
+def _near(key: str, keys: list[str], options: list[str]) -> str | None:
+    """The key, or option, that one of another spelling is most likely to mean."""
+    # `epochs` means number_of_epochs rather than debug_epochs, which has more letters of it
+    containing = [other for other in keys if len(key) > 4 and key in other]
+    both = keys + options
+    near = difflib.get_close_matches(key, both, n=1, cutoff=0.75) or containing or difflib.get_close_matches(key, both, n=1)
+    return near[0] if near else None
+
+
+def build_hparams(file: str | Path, settings: Mapping[str, Any], paths: Sequence[str] = PATH_KEYS) -> dict[str, Any]:
+    """Builds what `read_settings` has read of a file."""
     # parts of one's own may lie in a file beside the YAML file, or where the command is run
     sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
-    try:
-        with open(file, encoding="utf-8") as stream:
-            resolved = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+    resolved = copy.deepcopy({key: value for key, value in settings.items() if key != "trust"})
+    with _building(file):
         if "embedding_model" in resolved:
             refer_to_plain_attributes(resolved, resolved)
         hparams = load_hyperpyyaml(definitions_text(resolved))
+    check_paths(file, {key: hparams[key] for key in paths})
+    return {**hparams, "trust": settings["trust"]}
+
+
+@contextlib.contextmanager
+def _building(file: str | Path) -> Iterator[None]:
+    """Turns what the constructors that a YAML file names raise into an error of that file."""
+    try:
+        yield
     except InputError:
         raise
     except Exception as error:  # other people's constructors
@@ -171,8 +215,6 @@ def load_hparams(
         if isinstance(error, ImportError) and "psla_sb." in reason:
             reason += ". Modules have moved: CHANGELOG.md says where to"
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
-    check_paths(file, {key: hparams[key] for key in paths})
-    return {**hparams, "trust": trust}
 
 
 def check_paths(file: str | Path, values: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import end_workers, shared_memory
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.experiment.hparams import CommandLine
+
+logger = get_logger(__name__)
 
 EXIT_BAD_INPUT = 2
 # sysexits.h: a temporary failure, try again. torchrun does not pass it on.
@@ -103,4 +107,9 @@ def start_processes(run_opts: RunOptions) -> RunOptions:
     defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
     run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
     ddp_init_group(run_opts)
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not torch.distributed.is_initialized():
+        logger.warning(
+            "WORLD_SIZE is %s, but RANK or LOCAL_RANK is not set: this process works alone. torchrun sets them all.",
+            os.environ["WORLD_SIZE"],
+        )
     return run_opts

@@ -3,30 +3,32 @@
 The YAML declares the whole pipeline; the recipes in this repository are the examples.
 """
 
-import os
 import signal
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import speechbrain as sb
-from speechbrain.utils.distributed import if_main_process, run_on_main
+from hyperpyyaml import resolve_references
+from speechbrain.utils.distributed import ddp_broadcast, if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb.checkpoints.definitions import plain_definitions, read_definitions
-from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS
+from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml
+from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results
 from psla_sb.checkpoints.sources import load_pretrained_tagger
 from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.checkpoints.weights import trained_modules
 from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights
+from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.experiment import launch
+from psla_sb.experiment import identity, launch
 from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.experiment.evaluation import evaluate, example, results_table
-from psla_sb.experiment.hparams import crop_of, load_hparams, prepare
+from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
+from psla_sb.files import write_file
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import open_scores
 from psla_sb.labels.vocabulary import Vocabulary
@@ -52,14 +54,24 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts)
-    hparams = load_hparams(hparams_file, overrides)
-    folder = Path(hparams["output_folder"])
-    sb.create_experiment_directory(str(folder), hparams_file, overrides)
+    settings = read_settings(hparams_file, overrides)
+    folder = Path(settings["output_folder"])
+    identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
+    hparams = build_hparams(hparams_file, settings)
+    # without the settings: they are written when it is known that the folder is theirs
+    sb.create_experiment_directory(str(folder))
     vocabulary = prepare(hparams)
-    run_on_main(vocabulary.to_csv, [folder / CLASSES])
     # what cannot be trained, saved or exported is refused before the training, not after it
     n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
     chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
+    valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
+    train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
+    contents = identity.contents_of(vocabulary, {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)})
+    if ddp_broadcast(contents) != contents:
+        raise InputError("The processes read different annotations or class lists; are their folders one that all share?")
+    identity.check_contents(folder, contents, run_opts.test_only or _has_finished(folder, hparams))
+    run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
+    run_on_main(identity.write_identity, [folder, settings, contents, run_opts])
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
     for key in ("loss", "brain_class"):
@@ -74,9 +86,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     for signum in launch.STOP_SIGNALS:
         signal.signal(signum, brain.request_stop)
     loader = {"num_workers": hparams["num_workers"], "worker_init_fn": init_worker, "pin_memory": brain.device_type == "cuda"}
-    valid_set, _ = tagging_dataset("valid", hparams, vocabulary)
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
-    train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
     batches = train_batches(hparams, train_labels)
     if hparams.get("on_bad_audio") == "skip":
         train_set.redraw = batches.redraw
@@ -98,6 +108,19 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
 
         write_pictures(brain, dataset, name, vocabulary, train_labels)
     return results
+
+
+def _has_finished(folder: Path, hparams: dict[str, Any]) -> bool:
+    return len(read_results(folder).get("epochs", [])) >= hparams["epoch_counter"].limit
+
+
+def _write_settings(folder: Path, file: str | Path, overrides: dict[str, Any], vocabulary: Vocabulary) -> None:
+    """Writes what a run's weights need to be loaded, as SpeechBrain does: the settings, resolved; and the classes."""
+    overrides = {key: value for key, value in overrides.items() if key in read_yaml(file)}
+    with open(file, encoding="utf-8") as stream:
+        text = resolve_references(stream, overrides).getvalue()
+    write_file(folder / HPARAMS, f"# Generated {date.today()} from:\n# {Path(file).absolute()}\n# yamllint disable\n{text}")
+    vocabulary.to_csv(folder / CLASSES)
 
 
 def tagging_dataset(name: str, hparams: dict[str, Any], vocabulary: Vocabulary) -> tuple[TaggingDataset, LabelSets]:
@@ -123,16 +146,11 @@ def train_batches(hparams: dict[str, Any], labels: LabelSets) -> MixupBatchSampl
     if balanced:
         weights = class_balanced_weights(labels, hparams["n_classes"], hparams["class_weight_offset"])
         check_weight_file(hparams["train_annotation"], weights)
+    rank, world_size = rank_and_world_size()
     try:
         sampler = BalancedSampler(weights, hparams["draws_per_epoch"], balanced and hparams["replacement"], hparams["seed"])
         return MixupBatchSampler(
-            sampler,
-            len(weights),
-            hparams["batch_size"],
-            hparams["mixup_rate"],
-            hparams["seed"],
-            rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            sampler, len(weights), hparams["batch_size"], hparams["mixup_rate"], hparams["seed"], rank=rank, world_size=world_size
         )
     except ValueError as error:
         raise InputError(f"{error} (batch_size, mixup_rate, draws_per_epoch, replacement, number of processes)") from None

@@ -3,6 +3,7 @@
 Two million clips with two or three labels each are some 40 MB here and would be gigabytes as Python lists.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -40,6 +41,12 @@ class LabelSets:
         """Flattens one sequence of class indices per clip."""
         offsets = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return cls(offsets, np.fromiter(chain.from_iterable(lists), np.int32, offsets[-1]))
+
+    def digest(self) -> str:
+        """Computes the SHA-256 of all labels."""
+        digest = hashlib.sha256(self.offsets.astype(np.int64).data)
+        digest.update(self.indices.astype(np.int32).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -3,7 +3,6 @@
 `psla_sb.aggregation` writes them; a training with a teacher reads them.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -22,7 +21,7 @@ SCORES, IDS = "scores.npy", "ids.csv"
 
 def stamp(manifest: Any, vocabulary: Vocabulary) -> dict[str, str]:
     """Tells whether scores are of these clips and classes: what the JSON file beside them has."""
-    return {"annotation": manifest.digest(), "classes": hashlib.sha256(json.dumps(vocabulary.mids).encode()).hexdigest()}
+    return {"annotation": manifest.digest(), "classes": vocabulary.digest()}
 
 
 def open_scores(path: str | Path, manifest: Any, vocabulary: Vocabulary) -> np.ndarray:
@@ -51,11 +50,12 @@ def open_scores(path: str | Path, manifest: Any, vocabulary: Vocabulary) -> np.n
 
 
 def new_array(path: str | Path, shape: tuple[int, ...]) -> np.memmap:
-    """Makes a float32 `.npy` file of zeros, to be filled through memory; `OSError` if the disk is full."""
+    """Makes a float32 `.npy` file of NaN, to be filled through memory; `OSError` if the disk is full."""
     array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with open(path, "r+b") as stream:
         # Where there is no room left when a mapped page is written, the process ends by a signal: take the room now.
         os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+    array[:] = np.nan
     return array
 
 

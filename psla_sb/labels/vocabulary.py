@@ -5,6 +5,8 @@ A mid is the identifier that annotations carry (`/m/09x0r`), the display name is
 
 import csv
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +98,10 @@ class Vocabulary:
         quoted = [name.replace('"', '""') for name in self.names]
         lines = [f'{i},{mid},"{name}"\n' for i, (mid, name) in enumerate(zip(self.mids, quoted, strict=True))]
         write_file(path, "".join(["index,mid,display_name\n", *lines]))
+
+    def digest(self) -> str:
+        """Computes the SHA-256 of the mids, which tells whether scores are of these classes in this order."""
+        return hashlib.sha256(json.dumps(self.mids).encode()).hexdigest()
 
     def index(self, mid: str) -> int:
         """Looks up a mid; the error for one that is not there suggests the nearest."""
