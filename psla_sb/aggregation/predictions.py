@@ -227,7 +227,10 @@ def find_clips(scores: Path) -> Path:
     for file in [*(folder / name for name in names), folder.parent / CLIPS]:
         if file.is_file():
             return file
-    raise InputError(f"{scores}: nothing says of which clips its rows are; put {stem}.csv beside it, with a column 'ID'")
+    raise InputError(
+        f"{scores}: nothing says of which clips its rows are; put {stem}.csv beside it, with a column 'ID', in their order: the "
+        "annotation that was scored will do"
+    )
 
 
 def _read_annotation(file: Path) -> Manifest:
