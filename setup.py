@@ -48,6 +48,7 @@ setup(
             "psla-pack = psla_sb.cli.pack:pack",
             "psla-ontology = psla_sb.cli.ontology:ontology",
             "psla-demo = psla_sb.cli.demo:demo",
+            "psla-compare = psla_sb.cli.compare:compare",
         ]
     },
 )
