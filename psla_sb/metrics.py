@@ -97,6 +97,28 @@ def roc_auc(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tenso
     return _ap_and_auc(scores, targets)[1]
 
 
+def best_f1(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Finds each class's threshold with the highest F1 score, and that score: float64 `[classes]`, NaN without a positive clip.
+
+    A clip is tagged if it scores the threshold at least. Of several thresholds that are as good it is the highest.
+
+    Example
+    -------
+    >>> best_f1(np.array([[0.9], [0.8], [0.7], [0.1]]), np.array([[1], [0], [1], [0]]))
+    (array([0.7]), array([0.8]))
+    """
+    scores, targets = _to_numpy(scores), _to_numpy(targets)
+    thresholds, best = np.full((2, scores.shape[1]), np.nan)
+    for c in np.flatnonzero(targets.any(axis=0)):
+        order = np.argsort(-scores[:, c])
+        column, hits = scores[order, c], np.cumsum(targets[order, c])
+        # where equal scores end: no threshold parts them
+        last = np.append(np.flatnonzero(np.diff(column)), len(column) - 1)
+        f1 = 2 * hits[last] / (last + 1 + hits[-1])
+        thresholds[c], best[c] = column[last[np.argmax(f1)]], f1.max()
+    return thresholds, best
+
+
 def d_prime(auc: float | np.ndarray) -> float | np.ndarray:
     """Computes the sensitivity index: sqrt(2) times the inverse normal CDF of the area under the ROC curve.
 

@@ -53,16 +53,22 @@ def read_definitions(file: str | Path) -> dict[str, Any]:
     plain = {name: run[name] for name in PLAIN_KEYS if name == "sample_rate" or isinstance(run.get(name), int | str)}
     definitions = plain | {name: definitions[name] for name in MODULES}
     refer_to_plain_attributes(definitions, run)
+    without_pretrained(definitions)
     for node in _nodes(definitions):
-        if isinstance(node, dict) and node.get("pretrained") is not None:
-            node["pretrained"] = None
-        elif isinstance(node, list) and str(_tag(node)).endswith(".EfficientNetEncoder") and len(node) > 1:
-            node[1] = None
         if hasattr(node, "ca"):
             # comments stay with the line before them, and would be those of something else
             node.ca.comment = None
             node.ca.items.clear()
     return definitions
+
+
+def without_pretrained(definitions: Any) -> None:
+    """Takes the pretrained weights out of definitions, in place: other weights are going to be loaded."""
+    for node in _nodes(definitions):
+        if isinstance(node, dict) and node.get("pretrained") is not None:
+            node["pretrained"] = None
+        elif isinstance(node, list) and str(_tag(node)).endswith(".EfficientNetEncoder") and len(node) > 1:
+            node[1] = None
 
 
 def refer_to_plain_attributes(definitions: dict[str, Any], run: Mapping[str, Any]) -> None:

@@ -43,6 +43,11 @@ def prediction_path(folder: str | Path, name: str) -> Path:
     return Path(folder) / "predictions" / f"{name}.npy"
 
 
+def clips_path(folder: str | Path, name: str) -> Path:
+    """Where it says of which clips the scores of a set ("valid" or "test") are."""
+    return Path(folder) / "predictions" / f"{name}_clips.csv"
+
+
 def write_scores(folder: str | Path, name: str, scores: np.ndarray) -> None:
     """Writes the scores of a set, whole or not at all."""
     with atomic_write(prediction_path(folder, name)) as temporary:

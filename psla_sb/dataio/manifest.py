@@ -133,6 +133,11 @@ class Manifest:
         with atomic_write(path) as temporary:
             pyarrow.csv.write_csv(table, temporary)
 
+    def to_clips_csv(self, path: str | Path) -> None:
+        """Writes which clips these are, of which labels, and not where: columns `ID` and `labels`."""
+        with atomic_write(path) as temporary:
+            pyarrow.csv.write_csv(self.table.select(["ID", "labels"]), temporary)
+
     def to_psla_json(self, path: str | Path) -> None:
         """Writes the published PSLA code's data file; the file appears whole or not at all."""
         clips = [{"wav": row["wav"], "labels": ",".join(row["labels"])} for row in map(self.__getitem__, range(len(self)))]
@@ -181,6 +186,12 @@ class Manifest:
                 states.append(state or "missing")
             digest.update("\n".join(states).encode())
         return digest.hexdigest()
+
+    def n_labels(self) -> int:
+        """Counts the labels of all clips."""
+        return (
+            pc.sum(pc.count_substring(self.table["labels"], ";")).as_py() + pc.sum(pc.not_equal(self.table["labels"], "")).as_py()
+        )
 
     def targets(self, vocabulary: Vocabulary) -> np.ndarray:
         """Multi-hot targets of all clips, float32 `[clips, classes]`, as figures are computed from."""

@@ -77,7 +77,8 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
     front_ends = {front_end(on_cpu(source)) for source in sources.values()}
     if hparams["export"] and len(front_ends) > 1:
         raise InputError("members have different front ends, so their ensemble cannot be one tagger: pass --export=False")
-    sb.create_experiment_directory(str(folder), hparams_file, overrides)
+    sb.create_experiment_directory(str(folder), hparams_file, overrides, save_env_desc=False)
+    run_on_main(launch.write_environment, [folder])
     for signum in launch.STOP_SIGNALS:
         # what is scored is on disk at once: there is nothing more to save
         signal.signal(signum, launch.stop)
@@ -126,6 +127,8 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
     with atomic_write(folder / "ensemble.npy") as temporary:
         np.save(temporary, ensemble.astype(np.float32))
     write_json(folder / "ensemble.json", report)
+    manifest.to_clips_csv(folder / "clips.csv")
+    vocabulary.to_csv(folder / CLASSES)
     write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
     if hparams["export"]:
         export_ensemble(folder / "tagger", members, vocabulary)

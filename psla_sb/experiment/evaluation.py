@@ -12,6 +12,7 @@ from psla_sb.aggregation.scoring import score
 from psla_sb.checkpoints.run_folder import (
     average_path,
     best_epoch,
+    clips_path,
     prediction_path,
     read_results,
     snapshot_path,
@@ -22,15 +23,16 @@ from psla_sb.checkpoints.run_folder import (
 from psla_sb.checkpoints.sources import Snapshot
 from psla_sb.checkpoints.tagger_folder import trust_options
 from psla_sb.checkpoints.weights import load_into, save_weights, trained_modules
-from psla_sb.dataio.bad_clips import audio_check, state_of_sounds
+from psla_sb.dataio.bad_clips import audio_check, csv_line, state_of_sounds
 from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
-from psla_sb.files import read_json, wait_for
+from psla_sb.files import read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.metrics import FIGURES, METRICS, MeanScores, summarize, table_cells, table_heads
+from psla_sb.metrics import FIGURES, METRICS, MeanScores, average_precision, best_f1, roc_auc, summarize, table_cells, table_heads
+from psla_sb.prepare.annotations import official_counts_path
 
 MEANING = {
     "epochs": "of the list: one entry for each epoch, scored on the validation set; in an evaluation: the epochs it is made of",
@@ -41,6 +43,7 @@ MEANING = {
     **{name: metric.meaning for name, metric in METRICS.items()},
     "ensemble_mAP": "mAP of the mean of the scores of all epochs so far",
     "n_classes_left_out": "classes without a positive clip, which are in none of the means",
+    "clips": "that the evaluation is of: annotation, number, digest of the IDs; their labels, and those of the published set",
     "evaluation": "figures on the test set, or on the validation set where there is no test set",
 }
 ROWS = {
@@ -96,7 +99,9 @@ def evaluate(
         crop=getattr(hparams, "eval_crop", "first"),
         check=check,
     )
-    return run_on_main(_report, [brain, results, name, averaged, again, targets, scores[f"{name}_weight_average"]])
+    return run_on_main(
+        _report, [brain, results, name, manifest, vocabulary, averaged, again, targets, scores[f"{name}_weight_average"]]
+    )
 
 
 def _stale(folder: Path, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
@@ -111,6 +116,8 @@ def _report(
     brain: TaggingBrain,
     results: dict[str, Any],
     name: str,
+    manifest: Manifest,
+    vocabulary: Vocabulary,
     averaged: list[int],
     again: Sequence[int],
     targets: np.ndarray,
@@ -139,9 +146,44 @@ def _report(
         "chance": {"mAP": float(targets.mean(axis=0)[targets.any(axis=0)].mean())},
     }
     results["meaning"] = {**MEANING, **ROWS}
+    official = _official_counts(manifest, vocabulary)
+    counts = targets.sum(axis=0).astype(int)
+    results["clips"] = {
+        "annotation": manifest.source,
+        "found": len(manifest),
+        "ids": manifest.digest(("ID",)),
+        "classes_with_fewer": None if official is None else int((counts < official).sum()),
+        "labels_found": int(counts.sum()),
+        "labels_official": None if official is None else int(official.sum()),
+    }
+    manifest.to_clips_csv(clips_path(folder, name))
+    write_class_figures(folder / "classes.csv", vocabulary, weight_average, targets, official)
     write_scores(folder, f"{name}_ensemble", ensemble)
     write_results(folder, results)
     return results
+
+
+def _official_counts(manifest: Manifest, vocabulary: Vocabulary) -> np.ndarray | None:
+    """How many clips of each class the published set has; None if its preparation did not say."""
+    path = official_counts_path(manifest.source)
+    if not path.is_file():
+        return None
+    rows = (line.rsplit(",", 1) for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    counts = {mid: int(n) for mid, n in rows}
+    return np.array([counts.get(mid, 0) for mid in vocabulary.mids])
+
+
+def write_class_figures(
+    path: Path, vocabulary: Vocabulary, scores: np.ndarray, targets: np.ndarray, official: np.ndarray | None
+) -> None:
+    """Writes each class's AP, AUC, number of clips, and the threshold with the best F1 score, as CSV; undefined ones are empty."""
+    figures = [average_precision(scores, targets), roc_auc(scores, targets), *best_f1(scores, targets)]
+    columns = [["" if np.isnan(value) else value for value in values.tolist()] for values in figures]
+    counts = targets.sum(axis=0).astype(int).tolist()
+    known = [""] * len(vocabulary) if official is None else official.tolist()
+    rows = zip(range(len(vocabulary)), vocabulary.mids, vocabulary.names, counts, known, *columns, strict=True)
+    heads = ["index", "mid", "display_name", "positive_clips", "official_clips", "AP", "AUC", "threshold", "F1"]
+    write_file(path, "".join(csv_line(row) for row in (heads, *rows)))
 
 
 def in_memory(brain: TaggingBrain, snapshot: Path) -> Snapshot:
@@ -157,8 +199,8 @@ def example(brain: TaggingBrain, dataset: TaggingDataset, vocabulary: Vocabulary
     return "\n".join(
         [
             f"An example, {clip['wav']}",
-            "  its labels: " + ", ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
-            "  its tags:   " + ", ".join(f"{tag.label} {tag.score:.2f}" for tag in tagger.tag_file(clip["wav"])),
+            "  its labels: " + "; ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
+            "  its tags:   " + "; ".join(f"{tag.label} {tag.score:.2f}" for tag in tagger.tag_file(clip["wav"])),
             f"Tag your own sounds: psla-tag --model {folder / 'tagger'}{trust_options(folder / 'tagger')} FILE...",
         ]
     )

@@ -2,7 +2,10 @@
 
 import dataclasses
 import errno
+import importlib.metadata
+import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -18,6 +21,12 @@ from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import end_workers, shared_memory
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.experiment.hparams import CommandLine
+from psla_sb.files import write_file
+
+# At its import SpeechBrain says that it cannot save figures, which nothing here lets it do.
+logging.disable(logging.WARNING)
+importlib.import_module("speechbrain.utils.train_logger")
+logging.disable(logging.NOTSET)
 
 logger = get_logger(__name__)
 
@@ -92,6 +101,14 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
 def stop(signum: int, frame: Any) -> None:
     """Handles a signal where nothing has to be saved first."""
     raise Interrupted
+
+
+def write_environment(folder: Path) -> None:
+    """Writes what this process runs on into `env.log`: SpeechBrain's own has the packages of the first pip that is found."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    packages = sorted({f"{one.metadata['Name']}=={one.version}" for one in importlib.metadata.distributions()}, key=str.lower)
+    lines = [f"Python {sys.version}", sys.executable, platform.platform(), f"CUDA {torch.version.cuda}, {gpus or 'no GPU'}"]
+    write_file(folder / "env.log", "\n".join([*lines, "", *packages, ""]))
 
 
 def start_processes(run_opts: RunOptions) -> RunOptions:

@@ -3,6 +3,7 @@
 The YAML declares the whole pipeline; the recipes in this repository are the examples.
 """
 
+import copy
 import signal
 from datetime import date
 from pathlib import Path
@@ -15,7 +16,7 @@ from speechbrain.utils.distributed import ddp_broadcast, if_main_process, run_on
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml
+from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml, without_pretrained
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results
 from psla_sb.checkpoints.sources import load_pretrained_tagger
 from psla_sb.checkpoints.tagger_folder import write_tagger
@@ -24,7 +25,7 @@ from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.experiment import identity, launch
+from psla_sb.experiment import identity, launch, remarks
 from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
@@ -57,9 +58,16 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     settings = read_settings(hparams_file, overrides)
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
-    hparams = build_hparams(hparams_file, settings)
+    building = copy.deepcopy(settings)
+    if any(folder.glob("*/CKPT+*/CKPT.yaml")):
+        # weights to start from would be fetched for nothing: a checkpoint has those to go on with
+        without_pretrained(building["embedding_model"])
+    hparams = build_hparams(hparams_file, building)
     # without the settings: they are written when it is known that the folder is theirs
-    sb.create_experiment_directory(str(folder))
+    sb.create_experiment_directory(str(folder), save_env_desc=False)
+    run_on_main(launch.write_environment, [folder])
+    for remark in remarks.on_device(run_opts.device):
+        logger.warning(remark)
     vocabulary = prepare(hparams)
     # what cannot be trained, saved or exported is refused before the training, not after it
     n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
@@ -72,6 +80,9 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     identity.check_contents(folder, contents, run_opts.test_only or _has_finished(folder, hparams))
     run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
     run_on_main(identity.write_identity, [folder, settings, contents, run_opts])
+    for name, (dataset, labels) in {"train": (train_set, train_labels), "valid": (valid_set, valid_labels)}.items():
+        for remark in remarks.on_labels(name, dataset.data, labels, hparams["balanced_sampling"]):
+            logger.warning(remark)
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
     for key in ("loss", "brain_class"):
@@ -88,6 +99,9 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     loader = {"num_workers": hparams["num_workers"], "worker_init_fn": init_worker, "pin_memory": brain.device_type == "cuda"}
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     batches = train_batches(hparams, train_labels)
+    n_steps = len(batches) // brain.grad_accumulation_factor * hparams["epoch_counter"].limit
+    for remark in remarks.on_schedule(hparams, n_steps):
+        logger.warning(remark)
     if hparams.get("on_bad_audio") == "skip":
         train_set.redraw = batches.redraw
     # opened before the training: what is wrong with it should not show days later
@@ -102,7 +116,12 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     results = evaluate(brain, dataset, name, vocabulary, valid_loader)
     if if_main_process():
         write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary)
-        logger.info("\n%s\n\n%s", results_table(results, hparams["published"]), example(brain, dataset, vocabulary))
+        published, reason = hparams["published"], None
+        if published:
+            reason = remarks.why_not_published(hparams_file, overrides, run_opts, {"train": train_set.data, name: dataset.data})
+        table = results_table(results, {} if reason else published)
+        note = f"\nPublished figures are not beside these: {reason}." if reason else ""
+        logger.info("\n%s%s\n\n%s", table, note, example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots.training import write_pictures
 

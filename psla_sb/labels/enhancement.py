@@ -206,7 +206,8 @@ def warn_of_classes_without_clips(label_sets: LabelSets, vocabulary: Vocabulary)
     """Logs which classes cannot be added to any clip, having no threshold."""
     names = [vocabulary.names[c] for c in np.flatnonzero(label_sets.counts(len(vocabulary)) == 0)]
     if names:
-        logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(names), "; ".join(names))
+        some = "; ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+        logger.warning("%d classes are on no clip, so they have no threshold and are not added: %s", len(names), some)
 
 
 def _average(kind: str | float) -> Callable[[np.ndarray], Any]:

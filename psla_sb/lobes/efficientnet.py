@@ -3,6 +3,7 @@
 What differs from the package: one input channel, no classifier, channels-last memory (faster on a CPU), and a choice of paddings.
 """
 
+import contextlib
 import copy
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from psla_sb.errors import InputError
+from psla_sb.files import one_process
 
 VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
 STEMS = ("random", "sum")
@@ -182,12 +184,16 @@ def _read(pretrained: str | Path, variant: str) -> dict[Any, Any]:
         missing = f"{url}: cannot be downloaded. Download it elsewhere and put it at {file}"
     try:
         if url:
-            # no check_hash: nobody says that the digits in these file names are SHA-256; every tensor's shape is checked
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+            # one process downloads, those that were started with it find the file
+            with contextlib.nullcontext() if file.exists() else one_process(file.parent):
+                # no check_hash: nobody says that the digits in these names are SHA-256; every tensor's shape is checked
+                state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{missing} ({error})") from error
+    except InputError:
+        raise
     except Exception as error:  # a broken file raises whatever the unpickler stumbles over
         # PyTorch's own message advises to run the code in the file
         raise InputError(f"{file}: not weights that can be loaded without running code; replace it") from error

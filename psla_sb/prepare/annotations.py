@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import pyarrow.compute as pc
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.dataio.manifest import Manifest
@@ -32,14 +34,28 @@ def are_made(annotations: Collection[Path], made_from: str) -> bool:
     return True
 
 
-def write_annotation(annotation: Path, manifest: Manifest, left_out: Iterable[Sequence[object]], made_from: str) -> Path:
-    """Writes an annotation, and beside it the list of the clips that it lacks (see `list_left_out`), whose path is returned."""
+def write_annotation(
+    annotation: Path, manifest: Manifest, left_out: Iterable[Sequence[object]], made_from: str, official_mids: Any
+) -> Path:
+    """Writes an annotation, and beside it the list of the clips that it lacks (see `list_left_out`), whose path is returned.
+
+    `official_mids` are the labels of the published set's clips, joined by commas, an Arrow array: how many each class has is
+    written to `<annotation>_official.csv`, since scores on fewer clips are scores on other clips.
+    """
     # the stamp goes first and comes last: a process that is killed in between leaves what does not count as made
     _stamp(annotation).unlink(missing_ok=True)
     listed = list_left_out(annotation, left_out)
+    counts = pc.split_pattern(official_mids, ",").flatten().value_counts()
+    rows = "".join(f"{one['values']},{one['counts']}\n" for one in counts.to_pylist())
+    write_file(official_counts_path(annotation), f"mid,clips\n{rows}")
     manifest.to_csv(annotation)
     write_file(_stamp(annotation), made_from)
     return listed
+
+
+def official_counts_path(annotation: str | Path) -> Path:
+    """Where it says how many clips of each class the published set has of which an annotation lists those that are there."""
+    return Path(annotation).with_name(f"{Path(annotation).stem}_official.csv")
 
 
 def _stamp(annotation: Path) -> Path:

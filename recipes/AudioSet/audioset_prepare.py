@@ -252,7 +252,7 @@ def write_clips(annotation, segment_lists, data_folder, audio_folder, ids, paths
         pc.replace_substring(mids.filter(keep), ",", ";"),
         source=annotation,
     )
-    listed = write_annotation(annotation, manifest, left_out(), made_from)
+    listed = write_annotation(annotation, manifest, left_out(), made_from, mids)
     logger.info("%s%s", summary, "" if usable.all() else f"; those left out are listed in {listed}")
 
 

@@ -141,7 +141,7 @@ def prepare_fsd50k(
             source=annotations[name],
         )
         reasons = ((table["fname"][row], error.removeprefix(f"{source[row]}: "), source[row]) for row, error in faults.items())
-        left_out = write_annotation(annotations[name], manifest, reasons, made_from)
+        left_out = write_annotation(annotations[name], manifest, reasons, made_from, table["mids"].combine_chunks())
         listed += f"; those left out are listed in {left_out}" if faults else ""
         missing = (expected_clips or {}).get(name, len(table)) - len(table) + len(faults)
         if missing:
