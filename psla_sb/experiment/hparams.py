@@ -4,7 +4,8 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,30 @@ def load_hparams(
     trust = as_names(overrides.get("trust", keys.get("trust")))
     overrides = {key: value for key, value in overrides.items() if key != "trust"}
     overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
+    check_keys(file, keys, overrides, required)
+    # before anything is built: building makes folders
+    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
+    # parts of one's own may lie in a file beside the YAML file, or where the command is run
+    sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
+    resolved = resolve(file, overrides)
+    with build_errors(file):
+        if "embedding_model" in resolved:
+            refer_to_plain_attributes(resolved, resolved)
+        hparams = load_hyperpyyaml(definitions_text(resolved))
+    check_paths(file, {key: hparams[key] for key in paths})
+    return {**hparams, "trust": trust}
+
+
+def check_keys(file: str | Path, keys: Mapping[str, Any], overrides: Mapping[str, Any], required: Sequence[str]) -> None:
+    """Refuses overrides of keys that a file does not have, and a file without a key that is needed or without its value.
+
+    Example
+    -------
+    >>> check_keys("mini.yaml", {"n_mels": 64}, {"mels": 32}, ["n_mels"])
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: mini.yaml has no key 'mels'. Did you mean 'n_mels'?
+    """
     for key in overrides:
         if key not in keys:
             near = difflib.get_close_matches(key, [*map(str, keys), *RunOptions().keys()], n=1)
@@ -154,25 +179,34 @@ def load_hparams(
     missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
-    # before anything is built: building makes folders
-    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
-    # parts of one's own may lie in a file beside the YAML file, or where the command is run
-    sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
+
+
+def resolve(file: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a YAML file says, with overrides of its keys, its references resolved; nothing is built.
+
+    Example
+    -------
+    >>> file = getfixture("tmp_path") / "mine.yaml"
+    >>> _ = file.write_text("lr: 0.1\\nschedule: !new:mine.Schedule {lr: !ref <lr>}")
+    >>> resolve(file, {"lr": 0.5})["schedule"]["lr"]
+    0.5
+    """
+    with build_errors(file), open(file, encoding="utf-8") as stream:
+        return ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+
+
+@contextmanager
+def build_errors(file: str | Path) -> Iterator[None]:
+    """Turns what other people's constructors raise into an `InputError` that names the file."""
     try:
-        with open(file, encoding="utf-8") as stream:
-            resolved = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
-        if "embedding_model" in resolved:
-            refer_to_plain_attributes(resolved, resolved)
-        hparams = load_hyperpyyaml(definitions_text(resolved))
+        yield
     except InputError:
         raise
-    except Exception as error:  # other people's constructors
+    except Exception as error:
         reason = ": ".join(map(str, error.args)) or str(error)
         if isinstance(error, ImportError) and "psla_sb." in reason:
             reason += ". Modules have moved: CHANGELOG.md says where to"
         raise InputError(f"{file}: what it describes cannot be built: {type(error).__name__}: {reason}") from error
-    check_paths(file, {key: hparams[key] for key in paths})
-    return {**hparams, "trust": trust}
 
 
 def check_paths(file: str | Path, values: Mapping[str, Any]) -> None:
