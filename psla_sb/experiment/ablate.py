@@ -132,27 +132,23 @@ def ablate(
     if off:
         print(f"Already off in {file.name}, and so left out: {', '.join(off)}.", file=sys.stderr)
 
+    command = [sys.executable, str(recipe.with_name("train.py")), str(file), *rest]
     fixed = {key: value for key, value in overrides.items() if key not in NEUTRAL_KEYS}
-    digest, done, jobs = digest_of(file), set[Path](), dict[Path, Job]()
-    for seed in options.seeds:
-        for variant in variants:
-            run = folder / variant.folder / str(seed)
-            record = {"hparams": digest, "overrides": plain({**fixed, **variant.overrides, "seed": seed})}
-            if check_record(run, record) and read_evaluation(run) is not None:
-                done.add(run)
-            elif variant in wanted:
-                command = [sys.executable, str(recipe.with_name("train.py")), str(file), *rest]
-                command += [
-                    f"--{key}={value}" for key, value in (variant.overrides | {"seed": str(seed), "output_folder": run}).items()
-                ]
-                jobs.setdefault(run, Job(f"{variant.name}, seed {seed}", command, run, record))
+    digest, runs = digest_of(file), dict[Path, Job]()
+    for variant in variants:
+        for job in jobs_of(variant, options.seeds, command, folder, digest, fixed):
+            # variants that are the same have the same runs
+            runs.setdefault(job.folder, job)
+    done = {run for run, job in runs.items() if check_record(run, job.record) and read_evaluation(run) is not None}
+    open_runs = [folder / variant.folder / str(seed) for seed in options.seeds for variant in wanted]
+    jobs = [runs[run] for run in dict.fromkeys(open_runs) if run not in done]
+    check_scores(resolve(file, {**overrides, "output_folder": str(folder / "full")}))
     if options.dry_run:
-        print("".join(f"{shlex.join(job.command)}\n" for job in jobs.values()), end="")
+        print("".join(f"{shlex.join(job.command)}\n" for job in jobs), end="")
         return
     progress = Progress(len(jobs), len(done), len(slots))
-    stopped = run_jobs(
-        list(jobs.values()), slots, progress, is_prepared, cores_of_each(len(slots) if options.devices is None else 1)
-    )
+    environment = cores_of_each(len(slots) if options.devices is None else 1)
+    stopped = run_jobs(jobs, slots, progress, is_prepared, environment)
     progress.close()
     if stopped:
         raise Interrupted
@@ -160,6 +156,20 @@ def ablate(
     if progress.failed:
         print("\n".join(["", "These runs failed; the same command tries them again:", *progress.failed]), file=sys.stderr)
         sys.exit(1)
+
+
+def jobs_of(
+    variant: Variant, seeds: Sequence[int], command: Sequence[str], folder: Path, digest: str, fixed: Mapping[str, Any]
+) -> list[Job]:
+    """The runs of a variant, one for each seed; `fixed` are the overrides of all runs that change results."""
+    jobs = []
+    for seed in seeds:
+        run = folder / variant.folder / str(seed)
+        record = {"hparams": digest, "overrides": plain({**fixed, **variant.overrides, "seed": seed})}
+        own = variant.overrides | {"seed": str(seed), "output_folder": str(run)}
+        arguments = [f"--{key}={value}" for key, value in own.items()]
+        jobs.append(Job(f"{variant.name}, seed {seed}", [*command, *arguments], run, record))
+    return jobs
 
 
 def check(options: Namespace, file: Path, run_opts: RunOptions, overrides: Mapping[str, Any]) -> None:
@@ -200,6 +210,15 @@ def check_preparation(file: Path, varied: Mapping[str, Any], n_slots: int) -> No
             raise InputError(
                 f"--vary: the preparation depends on {key}, and all runs share its data; run one at a time, without --jobs"
             )
+
+
+def check_scores(settings: Mapping[str, Any]) -> None:
+    """Refuses label enhancement whose scores are looked for in a run's own folder, where nothing has written them."""
+    enhancement = settings.get("label_enhancement")
+    scores = enhancement.get("scores") if isinstance(enhancement, Mapping) else None
+    if isinstance(scores, str) and not Path(scores).exists():
+        remedy = "all runs need them in one place: run enhance_labels.py, and pass --label_enhancement='{scores: FOLDER}'"
+        raise InputError(f"label_enhancement: there are no scores in {scores}; {remedy}")
 
 
 def digest_of(file: Path) -> str:
@@ -267,7 +286,8 @@ class Progress(Listener):
             self.say(f"[{len(self.seconds)}/{self.n_jobs}] {job.title}: done in {duration(seconds)}{eta}")
             return
         why = "another process is at work in its folder" if status is None else f"exit status {status}: {last_line(job.folder)}"
-        self.say(f"[{len(self.seconds)}/{self.n_jobs}] {job.title}: failed, {why}{eta}")
+        word = "interrupted" if status == launch.EXIT_INTERRUPTED else "failed"
+        self.say(f"[{len(self.seconds)}/{self.n_jobs}] {job.title}: {word}, {why}{eta}")
         self.failed.append(f"{job.folder}: {why}")
 
     def close(self) -> None:

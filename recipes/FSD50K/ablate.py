@@ -3,7 +3,7 @@
     python recipes/FSD50K/ablate.py hparams/mini.yaml --seeds=1,2,3
     python recipes/FSD50K/ablate.py hparams/psla.yaml --data_folder=/data/fsd50k --devices cuda:0,cuda:1 --vary "n_heads=1,8"
 
-README.md of recipes/AudioSet, section "Ablation", says more, and so does `--help`.
+README.md in recipes/AudioSet, section "Ablation", says more, and so does `--help`.
 """
 
 from psla_sb.experiment.ablate import main

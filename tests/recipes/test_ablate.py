@@ -27,7 +27,8 @@ FAKE = """
 import hashlib, json, signal, sys, time
 from pathlib import Path
 
-options = dict(argument[2:].split("=", 1) for argument in " ".join(sys.argv[2:]).replace(" 3", "=3").split())
+arguments = "\\n".join(sys.argv[2:]).replace("_batches\\n", "_batches=").split("\\n")
+options = dict(argument[2:].split("=", 1) for argument in arguments)
 folder = Path(options.pop("output_folder"))
 started = time.time()
 
@@ -124,6 +125,22 @@ def test_every_variant_is_run_with_every_seed(ablate, tmp_path):
         assert call["options"] == {"batch_size": "4", "debug_batches": "3", "seed": str(seed), **expected[name]}
     # the recipe's own value is the full recipe, and is not run twice
     assert "| n_heads=4 " in printed
+
+
+def test_label_enhancement_needs_its_scores_in_one_place(ablate, recipe, tmp_path):
+    """The recipe looks for them in the folder of the run, of which an ablation has many."""
+    file = recipe.with_name("mini.yaml")
+    block = "label_enhancement: !name:psla_sb.labels.enhancement.enhance_annotation\n    scores: !ref <output_folder>/scores\n"
+    file.write_text(file.read_text().replace("label_enhancement: null", block + "    threshold: 25\n#"))
+    status, _, said = ablate()
+    assert status == 2
+    assert f"there are no scores in {tmp_path}/out/full/scores; all runs need them in one place" in said
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "scores").mkdir()
+    chosen = f"--label_enhancement={{scores: {tmp_path / 'scores'}}}"
+    assert ablate(chosen, "--only=full,no_label_enhancement,only_label_enhancement")[0] == 0
+    lines = json.loads((tmp_path / "out" / "summary.json").read_text())["variants"]
+    assert [line["published_difference"] for line in lines if line["name"] == "no label enhancement"] == [0.010]
 
 
 def test_the_numbers_are_those_of_the_results(ablate, tmp_path):
