@@ -20,9 +20,10 @@ from psla_sb.inference.timeline import Timeline
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.features import KaldiFbank
 from psla_sb.metrics import average_precision
+from psla_sb.plots.ablation import ablation
 from psla_sb.plots.enhancement import label_changes
 from psla_sb.plots.ensemble import ensemble_curve
-from psla_sb.plots.page import PAGE_WIDTH, STYLE, page
+from psla_sb.plots.page import PAGE_WIDTH, STYLE, page, shorten
 from psla_sb.plots.recording import recording
 from psla_sb.plots.training import class_ap, example_clips, training_curves, write_pictures
 
@@ -362,3 +363,40 @@ def test_label_changes_of_a_class_that_was_on_no_clip(tmp_path):
     figure = label_changes(["Bell", "Rain"], [0, 5], [2, 5], tmp_path / "labels.png")
     assert_fit_to_print(figure, tmp_path / "labels.png")
     assert [text.get_text() for text in figure.axes[1].texts] == ["new"]
+
+
+def ablated(group, name, mean, each, interval, published=None):
+    difference = {"mean": mean, "each": each, "interval": interval, "seeds": list(range(len(each)))}
+    return {"group": group, "name": name, "difference": difference, "published_difference": published}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_seeds", [1, 2, 3])
+def test_ablation_draws_differences_intervals_and_published_ones(tmp_path, n_seeds):
+    rng = np.random.default_rng(n_seeds)
+    groups = ["off"] * 6 + ["alone"] * 5 + ["varied"] * 3 + ["aggregation"] * 2
+    entries = [{"group": "full", "name": "full", "difference": None, "published_difference": None}]
+    for i, group in enumerate(groups):
+        mean, half = rng.normal(0, 0.03), 0.04 if i else 3
+        each, interval = [mean] * n_seeds, [mean - half, mean + half] if n_seeds > 1 else None
+        name = "key=" + "$x_1$" * 12 if i == 12 else f"variant {i}"
+        entries.append(ablated(group, name, mean, each, interval, -0.004 if i in (4, 15) else None))
+    figure = ablation(entries, tmp_path / "ablation.png", "last epoch", "published for full AudioSet")
+    assert_fit_to_print(figure, tmp_path / "ablation.png")
+    (axes,) = figure.axes
+    drawn = {
+        line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o" and len(line.get_xdata()) == 1
+    }
+    rows = {label.get_text(): place for label, place in zip(axes.get_yticklabels(), axes.get_yticks(), strict=True)}
+    assert len(rows) == len(drawn) == len(groups)
+    for entry in entries[1:]:
+        assert drawn[rows[shorten(entry["name"], 36)]] == entry["difference"]["mean"]
+    hollow = [line for line in axes.lines if line.get_marker() == "D" and len(line.get_xdata())]
+    assert [line.get_xdata()[0] for line in hollow] == [-0.004] * 2
+    # the interval of the first goes beyond the picture, which says so with two arrows, and does not shrink the others
+    arrows = [line.get_marker() for line in axes.lines if line.get_marker() in ("<", ">")]
+    assert arrows == ["<", ">"] * (n_seeds > 1)
+    assert np.ptp(axes.get_xlim()) < 0.5
+    texts = [what for what, _ in drawn_texts(figure)]
+    assert ("each seed" in texts) == (n_seeds > 1)
+    assert f"mean of {n_seeds} seeds, 95 % interval" in texts or n_seeds == 1

@@ -158,6 +158,22 @@ def read_settings(
     trust = as_names(overrides.get("trust", keys.get("trust")))
     overrides = {key: value for key, value in overrides.items() if key != "trust"}
     overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
+    check_keys(file, keys, overrides, required)
+    # before anything is built: building makes folders
+    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
+    return {**resolve(file, overrides), "trust": trust}
+
+
+def check_keys(file: str | Path, keys: Mapping[str, Any], overrides: Mapping[str, Any], required: Sequence[str]) -> None:
+    """Refuses overrides of keys that a file does not have, and a file without a key that is needed or without its value.
+
+    Example
+    -------
+    >>> check_keys("mini.yaml", {"n_mels": 64}, {"mels": 32}, ["n_mels"])
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: mini.yaml has no key 'mels'. Did you mean 'n_mels'?
+    """
     for key in overrides:
         if key not in keys:
             near = _near(key, list(map(str, keys)), list(RunOptions().keys()))
@@ -174,11 +190,6 @@ def read_settings(
     missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(f"{file} has no key {', '.join(missing)}; see recipes/AudioSet/hparams/psla.yaml for what each is")
-    # before anything is built: building makes folders
-    check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
-    with _building(file), open(file, encoding="utf-8") as stream:
-        settings = ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
-    return {**settings, "trust": trust}
 
 
 def _near(key: str, keys: list[str], options: list[str]) -> str | None:
@@ -195,7 +206,7 @@ def build_hparams(file: str | Path, settings: Mapping[str, Any], paths: Sequence
     # parts of one's own may lie in a file beside the YAML file, or where the command is run
     sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
     resolved = copy.deepcopy({key: value for key, value in settings.items() if key != "trust"})
-    with _building(file):
+    with build_errors(file):
         if "embedding_model" in resolved:
             refer_to_plain_attributes(resolved, resolved)
         hparams = load_hyperpyyaml(definitions_text(resolved))
@@ -203,14 +214,28 @@ def build_hparams(file: str | Path, settings: Mapping[str, Any], paths: Sequence
     return {**hparams, "trust": settings["trust"]}
 
 
+def resolve(file: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a YAML file says, with overrides of its keys, its references resolved; nothing is built.
+
+    Example
+    -------
+    >>> file = getfixture("tmp_path") / "mine.yaml"
+    >>> _ = file.write_text("lr: 0.1\\nschedule: !new:mine.Schedule {lr: !ref <lr>}")
+    >>> resolve(file, {"lr": 0.5})["schedule"]["lr"]
+    0.5
+    """
+    with build_errors(file), open(file, encoding="utf-8") as stream:
+        return ruamel.yaml.YAML().load(resolve_references(stream, overrides).getvalue())
+
+
 @contextlib.contextmanager
-def _building(file: str | Path) -> Iterator[None]:
-    """Turns what the constructors that a YAML file names raise into an error of that file."""
+def build_errors(file: str | Path) -> Iterator[None]:
+    """Turns what other people's constructors raise into an `InputError` that names the file."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # other people's constructors
+    except Exception as error:
         reason = ": ".join(map(str, error.args)) or str(error)
         if isinstance(error, ImportError) and "psla_sb." in reason:
             reason += ". Modules have moved: CHANGELOG.md says where to"

@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 from psla_sb.errors import InputError
+from psla_sb.files import one_process
 from psla_sb.prepare.mini_classes import CATEGORIES, CLASSES
 from psla_sb.prepare.mini_sounds import SOUNDS, coloured_noise, synthesise
 
@@ -165,7 +166,7 @@ def write_mini_audioset(
     Example
     -------
     >>> folder = write_mini_audioset(getfixture("tmp_path"), n_train=4, n_eval=2, seconds=1.0)
-    >>> sorted(path.name for path in folder.iterdir()), len(list(folder.glob("audio/*/*.flac")))
+    >>> sorted(path.name for path in folder.glob("[!.]*")), len(list(folder.glob("audio/*/*.flac")))
     (['audio', 'balanced_train_segments.csv', 'class_labels_indices.csv', 'eval_segments.csv', 'mini.json', 'ontology.json'], 6)
     """
     arguments = {"version": VERSION, "n_train": n_train, "n_eval": n_eval, "seconds": seconds, "sample_rate": sample_rate}
@@ -191,24 +192,39 @@ def write_mini_audioset(
 def write_once(folder: str | Path, names: Sequence[str], arguments: dict, write: Callable[[Path], None]) -> Path:
     """Writes a generated data set, of files and folders of these names, unless one of the same arguments is there already.
 
-    `write` gets a folder to write into. Another generated data set is replaced; files of these names that are of another origin
-    raise `InputError`.
+    `write` gets a folder to write into. Of several processes that ask at once the first one writes, and the others wait. Another
+    generated data set is replaced; files of these names that are of another origin raise `InputError`.
     """
     folder = Path(folder)
     record, staging = folder / "mini.json", folder / ".mini_unfinished"
     made_with = json.dumps(arguments, indent=2) + "\n"
-    if record.exists():
-        if record.read_text(encoding="utf-8") == made_with:
-            return folder
-    elif not staging.exists():
+
+    def is_written() -> bool:
+        return record.is_file() and record.read_text(encoding="utf-8") == made_with
+
+    # asked first: a process that is writing removes it last
+    unfinished = staging.exists()
+    if is_written():
+        return folder
+    if not unfinished and not record.exists():
         # neither a finished nor an interrupted write of ours: this may be somebody's real data set
         for path in (folder / name for name in names):
             if path.exists():
                 raise InputError(f"{path} exists and was not written by this function; choose another folder")
+    with one_process(folder):
+        # another process may have written it in the meantime
+        if not is_written():
+            _replace(folder, names, write, staging)
+            # last: it says that all is there
+            record.write_text(made_with, encoding="utf-8")
+            shutil.rmtree(staging)
+    return folder
 
+
+def _replace(folder: Path, names: Sequence[str], write: Callable[[Path], None], staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    record.unlink(missing_ok=True)
+    (folder / "mini.json").unlink(missing_ok=True)
     write(staging)
     for name in names:
         written, target = staging / name, folder / name
@@ -218,10 +234,6 @@ def write_once(folder: str | Path, names: Sequence[str], arguments: dict, write:
         if written.exists():
             target.parent.mkdir(exist_ok=True)
             written.rename(target)
-    # last: it says that all is there
-    record.write_text(made_with, encoding="utf-8")
-    shutil.rmtree(staging)
-    return folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:

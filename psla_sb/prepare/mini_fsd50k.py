@@ -48,7 +48,7 @@ def write_mini_fsd50k(
     Example
     -------
     >>> folder = write_mini_fsd50k(getfixture("tmp_path"), n_train=3, n_valid=1, n_eval=2, seconds=0.5)
-    >>> sorted(path.name for path in folder.iterdir()), len(list(folder.glob("FSD50K.dev_audio/*.wav")))
+    >>> sorted(path.name for path in folder.glob("[!.]*")), len(list(folder.glob("FSD50K.dev_audio/*.wav")))
     (['FSD50K.dev_audio', 'FSD50K.eval_audio', 'FSD50K.ground_truth', 'mini.json', 'ontology.json'], 4)
     """
     arguments = {"layout": "FSD50K", "version": VERSION, "n_train": n_train, "n_valid": n_valid, "n_eval": n_eval}
