@@ -3,7 +3,9 @@
 import inspect
 import json
 import logging
+import resource
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
-from speechbrain.utils.distributed import run_on_main
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +27,8 @@ from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError, Interrupted
+from psla_sb.experiment.pace import Pace, duration_text
+from psla_sb.experiment.trackers import go_on, log_epoch
 from psla_sb.files import append, write_file
 from psla_sb.lobes import chain
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
@@ -84,6 +88,7 @@ class TaggingBrain(sb.Brain):
 
     stop_requested = False
     valid_manifest: Manifest | None = None
+    n_steps: int | None = None  # of an epoch
     # by stage; replaced, never changed
     audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
     n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
@@ -158,6 +163,8 @@ class TaggingBrain(sb.Brain):
         """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
         self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
         self.batch_ids = batch.id
+        self.pace.clips += len(batch.id) - int(sum(batch.partner))
+        self.heartbeat()
         rank, _ = rank_and_world_size()
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
@@ -165,6 +172,16 @@ class TaggingBrain(sb.Brain):
         self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
         if (self.step - 1) % self.grad_accumulation_factor == 0:
             self.put_statistics_back = remember_statistics(self.modules)
+
+    def heartbeat(self) -> None:
+        """Says every few minutes how far the epoch is, where no progress bar does."""
+        if self.noprogressbar and if_main_process() and self.pace.is_due():
+            n_steps, rate = self.n_steps or self.step, self.pace.clips_per_second()
+            left = duration_text((n_steps - self.step + 1) * self.pace.seconds() / max(1, self.step - self.pace.first_step))
+            logger.info(
+                "Epoch %d: step %d of %d, %.1f clips/s, loss %.4f, %s to the end of the epoch's training",
+                *(self.hparams.epoch_counter.current, self.step, n_steps, rate, self.avg_train_loss, left),
+            )
 
     def check_loss_isfinite(self, loss: Tensor) -> None:
         """As SpeechBrain's, but lists the clips of batches whose loss is not finite in `nonfinite_batches.csv`."""
@@ -198,7 +215,7 @@ class TaggingBrain(sb.Brain):
         self.audio_checks.get(stage, check_audio)(batch)
         return super().evaluate_batch(batch, stage)
 
-    def make_dataloader(self, dataset: Any, stage: sb.Stage, ckpt_prefix: str = "dataloader-", **loader_kwargs: Any) -> Any:
+    def make_dataloader(self, dataset: Any, stage: sb.Stage, ckpt_prefix: str | None = "dataloader-", **loader_kwargs: Any) -> Any:
         """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
         policy, folder = getattr(self.hparams, "on_bad_audio", "error"), getattr(self.hparams, "output_folder", ".")
         check = audio_check(policy, folder, stage.name.lower(), len(dataset))
@@ -214,7 +231,10 @@ class TaggingBrain(sb.Brain):
             self.valid_manifest = dataset.data
         if getattr(dataset, "compact", False):
             loader_kwargs.setdefault("collate_fn", ClipBatch)
-        return super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+        loader = super().make_dataloader(dataset, stage, ckpt_prefix, **loader_kwargs)
+        if stage == sb.Stage.TRAIN:
+            self.n_steps = len(loader)
+        return loader
 
     def _train_loader_specifics(self, dataset: Any, loader_kwargs: dict[str, Any]) -> dict[str, Any]:
         # SpeechBrain would wrap the batch sampler, which shards itself; and would not tell it the epoch
@@ -273,17 +293,25 @@ class TaggingBrain(sb.Brain):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
         # what a killed run wrote of an epoch that it did not finish is written again
-        self.epochs = read_results(self.hparams.output_folder).get("epochs", [])[: self.hparams.epoch_counter.current]
+        results, n_epochs = read_results(self.hparams.output_folder), self.hparams.epoch_counter.current
+        self.epochs = results.get("epochs", [])[:n_epochs]
+        self.timing = [timing for timing in results.get("timing", []) if timing["epoch"] <= n_epochs]
+        go_on(as_list(self.hparams.train_logger), n_epochs)
         self.mean_scores: MeanScores | None = None
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
-        """Makes room for the scores of a validation or test."""
-        if stage != sb.Stage.TRAIN:
+        """Begins to measure an epoch; makes room for the scores of a validation or test."""
+        if stage == sb.Stage.TRAIN:
+            self.pace = Pace(self.step)
+            if self.device_type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+        else:
             self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Ends an epoch of training or the scoring of a set."""
         if stage == sb.Stage.TRAIN:
+            self.pace.end(self.step)
             self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": stage_loss}
             self.hparams.schedule.on_epoch_end(self.optimizer, epoch)
             if self.distributed_launch:
@@ -315,18 +343,27 @@ class TaggingBrain(sb.Brain):
             "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
         }
         self.epochs.append(record)
+        self.timing.append({"epoch": epoch, **self.measured(epoch)})
         if self.valid_manifest is not None:
             sounds = state_of_sounds(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
             write_file(sounds_path(folder, epoch), json.dumps(sounds))
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
-        write_results(folder, {"epochs": self.epochs})
-        for train_logger in as_list(self.hparams.train_logger):
-            train_logger.log_stats(
-                {"epoch": epoch, "lr": record["lr"]},
-                train_stats={"loss": record["train_loss"]},
-                valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in (*FIGURES, "ensemble_mAP")}},
-            )
+        write_results(folder, {"epochs": self.epochs, "timing": self.timing})
+        log_epoch(as_list(self.hparams.train_logger), record, self.timing[-1], [*FIGURES, "ensemble_mAP"])
         return record
+
+    def measured(self, epoch: int) -> dict[str, float]:
+        """How long the epoch took, how many clips all processes trained on in a second, what is left, and the most memory."""
+        seconds, of_training = self.pace.total(), self.pace.whole_epoch(self.n_steps)
+        if self.device_type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            # in KiB, but on macOS in bytes
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        whole = seconds - self.pace.trained + of_training
+        left = max(0, self.hparams.epoch_counter.limit - epoch) * whole
+        rate = self.pace.clips_per_second() * rank_and_world_size()[1]
+        return {"seconds": seconds, "clips_per_second": rate, "eta_seconds": left, "peak_memory_MiB": peak}
 
     def loss_of(self, stats: TaggingStats) -> float:
         """A stage's loss, which is not the mean over its batches: a short last one would count like a full one."""

@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ def crop_of(key: str, hparams: Mapping[str, Any]) -> str:
     return crop
 
 
+@dataclass(frozen=True)
 class CommandLine(RunOptions):
     """SpeechBrain's command line, whose overrides of YAML keys keep `=` and `: ` in their values and cannot be abbreviated.
+
+    `dry_run` asks `train.py` to say what it would do.
 
     Example
     -------
@@ -78,9 +82,13 @@ class CommandLine(RunOptions):
     ('psla.yaml', 'cpu', {'data_folder': '/d/a=b'})
     """
 
+    dry_run: bool = False
+
     @classmethod
     def _create_parser(cls) -> argparse.ArgumentParser:
         parser = RunOptions._create_parser()
+        said = "of train.py: prepare the data, try some steps, and say what the run would be and how long it would take"
+        parser.add_argument("--dry_run", action="store_true", help=said)
         parser.allow_abbrev = False
         for action in parser._actions:
             if action.dest == "optimizer_step_limit":
@@ -151,17 +159,19 @@ def read_settings(
     required: Sequence[str] = REQUIRED_KEYS,
     paths: Sequence[str] = PATH_KEYS,
     if_there: Mapping[str, Any] | None = None,
+    optional: Sequence[str] = ("trust",),
 ) -> dict[str, Any]:
     """Reads a YAML file with overrides, and resolves its references; arguments and errors are those of `load_hparams`."""
     keys = read_yaml(file)
-    # every recipe can be told whom to trust, also by a YAML file of before there was such a key
-    trust = as_names(overrides.get("trust", keys.get("trust")))
-    overrides = {key: value for key, value in overrides.items() if key != "trust"}
+    # what can be told to a recipe whose YAML file is of before there were such keys
+    extra = {key: overrides.get(key, keys.get(key)) for key in optional}
+    extra["trust"] = as_names(extra["trust"])
+    overrides = {key: value for key, value in overrides.items() if key not in extra}
     overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
     check_keys(file, keys, overrides, required)
     # before anything is built: building makes folders
     check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
-    return {**resolve(file, overrides), "trust": trust}
+    return {**resolve(file, overrides), **extra}
 
 
 def check_keys(file: str | Path, keys: Mapping[str, Any], overrides: Mapping[str, Any], required: Sequence[str]) -> None:
@@ -205,13 +215,14 @@ def build_hparams(file: str | Path, settings: Mapping[str, Any], paths: Sequence
     """Builds what `read_settings` has read of a file."""
     # parts of one's own may lie in a file beside the YAML file, or where the command is run
     sys.path += [folder for folder in (str(Path(file).resolve().parent), os.getcwd()) if folder not in sys.path]
-    resolved = copy.deepcopy({key: value for key, value in settings.items() if key != "trust"})
+    plain = {key: settings[key] for key in ("trust", "track") if key in settings}
+    resolved = copy.deepcopy({key: value for key, value in settings.items() if key not in plain})
     with build_errors(file):
         if "embedding_model" in resolved:
             refer_to_plain_attributes(resolved, resolved)
         hparams = load_hyperpyyaml(definitions_text(resolved))
     check_paths(file, {key: hparams[key] for key in paths})
-    return {**hparams, "trust": settings["trust"]}
+    return {**hparams, **plain}
 
 
 def resolve(file: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any]:

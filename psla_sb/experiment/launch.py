@@ -121,6 +121,9 @@ def start_processes(run_opts: RunOptions) -> RunOptions:
         defaults["distributed_backend"] = "gloo"
     if not sys.stderr.isatty():
         defaults["noprogressbar"] = True
+    if run_opts.ckpt_interval_steps > 0:
+        # a YAML file may have minutes, and SpeechBrain takes no two intervals
+        defaults["ckpt_interval_minutes"] = 0
     defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
     run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
     ddp_init_group(run_opts)

@@ -25,8 +25,9 @@ from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.experiment import identity, launch, remarks
-from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment import identity, launch, remarks, trackers
+from psla_sb.experiment.brain import TaggingBrain, as_list
+from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
 from psla_sb.files import write_file
@@ -55,7 +56,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts)
-    settings = read_settings(hparams_file, overrides)
+    settings = read_settings(hparams_file, overrides, optional=("trust", "track"))
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
     building = copy.deepcopy(settings)
@@ -78,12 +79,9 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     if ddp_broadcast(contents) != contents:
         raise InputError("The processes read different annotations or class lists; are their folders one that all share?")
     identity.check_contents(folder, contents, run_opts.test_only or _has_finished(folder, hparams))
-    run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
-    run_on_main(identity.write_identity, [folder, settings, contents, run_opts])
     for name, (dataset, labels) in {"train": (train_set, train_labels), "valid": (valid_set, valid_labels)}.items():
         for remark in remarks.on_labels(name, dataset.data, labels, hparams["balanced_sampling"]):
             logger.warning(remark)
-    definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
     for key in ("loss", "brain_class"):
         if not callable(hparams.get(key) or TaggingBrain):
@@ -94,8 +92,6 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
-    for signum in launch.STOP_SIGNALS:
-        signal.signal(signum, brain.request_stop)
     loader = {"num_workers": hparams["num_workers"], "worker_init_fn": init_worker, "pin_memory": brain.device_type == "cuda"}
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     batches = train_batches(hparams, train_labels)
@@ -109,6 +105,18 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     if hparams["test_annotation"]:
         name, dataset = "test", tagging_dataset("test", hparams, vocabulary)[0]
     train_loader = {**loader, "batch_sampler": batches}
+    if getattr(run_opts, "dry_run", False):
+        sets = {"train": train_set, "valid": valid_set} | ({"test": dataset} if name == "test" else {})
+        said = dry_run(brain, settings, sets, {"train": train_loader, "valid": valid_loader})
+        run_on_main(print, [said])
+        return {}
+    run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
+    run_on_main(identity.write_identity, [folder, settings, contents, run_opts])
+    definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
+    loggers = trackers.all_loggers(as_list(hparams["train_logger"]), settings["track"], folder, settings)
+    brain.hparams.train_logger = loggers
+    for signum in launch.STOP_SIGNALS:
+        signal.signal(signum, brain.request_stop)
     brain.fit(hparams["epoch_counter"], train_set, valid_set, train_loader_kwargs=train_loader, valid_loader_kwargs=valid_loader)
     # what is scored is on disk at once: there is nothing more to save
     for signum in launch.STOP_SIGNALS:
@@ -126,6 +134,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         from psla_sb.plots.training import write_pictures
 
         write_pictures(brain, dataset, name, vocabulary, train_labels)
+        trackers.log_results(loggers, results["evaluation"], sorted((folder / "plots").glob("*.png")))
     return results
 
 
