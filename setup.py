@@ -36,9 +36,22 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime"],
+        "track": ["tensorboard", "wandb"],
         "demo": ["gradio>=6.31,<7"],
         "browser": ["gradio>=6.31,<7", "playwright"],
-        "test": ["pytest", "pytest-cov", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=70.1", "onnx", "onnxruntime"],
+        "test": [
+            "pytest",
+            "pytest-cov",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "setuptools>=70.1",
+            "onnx",
+            "onnxruntime",
+            "tensorboard",
+            "wandb",
+        ],
     },
     entry_points={
         "console_scripts": [
