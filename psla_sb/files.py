@@ -62,12 +62,16 @@ def append(path: str | Path, text: str, header: str = "") -> None:
         os.fsync(file.fileno())
 
 
+class NotSeen(InputError):
+    """A process does not see what another one has written."""
+
+
 def wait_for(path: str | Path, seconds: float = 120.0) -> None:
     """Waits for a file that another machine has written: network file systems show it some time later."""
     end = time.monotonic() + seconds
     while not os.path.exists(path):
         if time.monotonic() > end:
-            raise InputError(f"{path}: not seen here {seconds:.0f} s after another process has written it; is the folder shared?")
+            raise NotSeen(f"{path}: not seen here {seconds:.0f} s after another process has written it; is the folder shared?")
         # which makes the file system look again
         with contextlib.suppress(OSError):
             os.listdir(os.path.dirname(path) or ".")

@@ -74,19 +74,27 @@ def figures_of(scores: Mapping[str, np.ndarray], chosen: Sequence[str], targets:
     return report, ensemble
 
 
-def write_classes(path: str | Path, vocabulary: Vocabulary, targets: np.ndarray, ensemble: np.ndarray, single: np.ndarray) -> None:
+def write_classes(
+    path: str | Path,
+    vocabulary: Vocabulary,
+    targets: np.ndarray,
+    ensemble: np.ndarray,
+    single: np.ndarray,
+    official: np.ndarray | None = None,
+) -> None:
     """Writes the average precision and the area under the ROC curve of every class, of the ensemble and of the best single model.
 
-    A figure that is not defined is empty.
+    Also how many clips the class has, here and in the published set. A figure that is not defined, or not known, is empty.
     """
     figures = [figure(scores, targets) for scores in (ensemble, single) for figure in (average_precision, roc_auc)]
     columns = [["" if np.isnan(value) else value for value in values.tolist()] for values in figures]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         heads = [f"{whose}_{figure}" for whose in ("ensemble", "best_single") for figure in ("AP", "AUC")]
-        writer.writerow(["index", "mid", "display_name", "positive_clips", *heads])
+        writer.writerow(["index", "mid", "display_name", "positive_clips", "official_clips", *heads])
         counts = targets.sum(axis=0).astype(int).tolist()
-        writer.writerows(zip(range(len(vocabulary)), vocabulary.mids, vocabulary.names, counts, *columns, strict=True))
+        known = [""] * len(vocabulary) if official is None else official.tolist()
+        writer.writerows(zip(range(len(vocabulary)), vocabulary.mids, vocabulary.names, counts, known, *columns, strict=True))
 
 
 def ensemble_table(report: Mapping[str, Any]) -> str:

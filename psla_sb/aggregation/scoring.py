@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from speechbrain.utils.distributed import ddp_barrier, ddp_broadcast, if_main_process, run_on_main
+from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from psla_sb.checkpoints.sources import Source, open_source
@@ -26,6 +28,9 @@ from psla_sb.labels.teacher_scores import new_array, stamp
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
 
+logger = get_logger(__name__)
+
+HEARTBEAT = 180.0  # seconds between two lines about a pass, where there is no progress bar
 # Batches between two notes of how far a pass has come.
 BATCHES_AT_ONCE = 50
 # That are looked through at a time.
@@ -185,6 +190,7 @@ def _score_together(
     for tagger in taggers.values():
         front_ends[front_end(tagger)].append(tagger)
     loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers, settings["crop"])
+    said = time.monotonic()
     total, first = sum(map(len, batches)), sum(map(len, batches[:done]))
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
@@ -197,6 +203,11 @@ def _score_together(
             for name, tagger in taggers.items():
                 out[name][batch.index] = scores[tagger].float().cpu().numpy()
             bar.update(len(batch.index))
+            if bar.disable and rank == 0 and time.monotonic() - said > HEARTBEAT:
+                said = time.monotonic()
+                logger.info(
+                    "Scoring with %d models: %d of %d clips of this process", len(taggers), sum(map(len, batches[:count])), total
+                )
             if count % BATCHES_AT_ONCE == 0:
                 _flush(out, paths)
                 write_file(note, json.dumps({"batches": count, "bad_clips": listed(check)}))

@@ -36,6 +36,7 @@ from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import stamp
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import summarize
+from psla_sb.prepare.annotations import official_counts
 
 logger = get_logger(__name__)
 
@@ -129,7 +130,9 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
     write_json(folder / "ensemble.json", report)
     manifest.to_clips_csv(folder / "clips.csv")
     vocabulary.to_csv(folder / CLASSES)
-    write_classes(folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]])
+    write_classes(
+        folder / "classes.csv", vocabulary, targets, ensemble, scores[report["best_single"]], official_counts(manifest, vocabulary)
+    )
     if hparams["export"]:
         export_ensemble(folder / "tagger", members, vocabulary)
     # matplotlib is slow to import, and only this process draws

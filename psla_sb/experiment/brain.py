@@ -87,6 +87,7 @@ class TaggingBrain(sb.Brain):
     """
 
     stop_requested = False
+    pace: Any = None  # a Pace, once an epoch has begun
     valid_manifest: Manifest | None = None
     n_steps: int | None = None  # of an epoch
     # by stage; replaced, never changed
@@ -213,6 +214,10 @@ class TaggingBrain(sb.Brain):
     def evaluate_batch(self, batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """As SpeechBrain's, after a look for broken sound files."""
         self.audio_checks.get(stage, check_audio)(batch)
+        if self.noprogressbar and if_main_process() and self.pace is not None and self.pace.is_due():
+            logger.info(
+                "Epoch %d: validation, clip %d of %d", self.hparams.epoch_counter.current, max(batch.index), self.n_clips[stage]
+            )
         return super().evaluate_batch(batch, stage)
 
     def make_dataloader(self, dataset: Any, stage: sb.Stage, ckpt_prefix: str | None = "dataloader-", **loader_kwargs: Any) -> Any:
@@ -346,7 +351,7 @@ class TaggingBrain(sb.Brain):
         self.timing.append({"epoch": epoch, **self.measured(epoch)})
         if self.valid_manifest is not None:
             sounds = state_of_sounds(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
-            write_file(sounds_path(folder, epoch), json.dumps(sounds))
+            write_file(sounds_path(folder, epoch), json.dumps({**sounds, "precision": self.eval_precision}))
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
         write_results(folder, {"epochs": self.epochs, "timing": self.timing})
         log_epoch(as_list(self.hparams.train_logger), record, self.timing[-1], [*FIGURES, "ensemble_mAP"])

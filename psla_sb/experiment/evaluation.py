@@ -32,7 +32,7 @@ from psla_sb.files import read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import FIGURES, METRICS, MeanScores, average_precision, best_f1, roc_auc, summarize, table_cells, table_heads
-from psla_sb.prepare.annotations import official_counts_path
+from psla_sb.prepare.annotations import official_counts
 
 MEANING = {
     "epochs": "of the list: one entry for each epoch, scored on the validation set; in an evaluation: the epochs it is made of",
@@ -86,7 +86,7 @@ def evaluate(
     targets = manifest.targets(vocabulary)
     members = {f"{name}_weight_average": in_memory(brain, average_path(folder))}
     check = audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest))
-    again = numbers if name == "test" else run_on_main(_stale, [folder, numbers, manifest, check])
+    again = numbers if name == "test" else run_on_main(_stale, [brain, numbers, manifest, check])
     members |= {f"{name}_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in again}
     scores = score(
         members,
@@ -104,11 +104,11 @@ def evaluate(
     )
 
 
-def _stale(folder: Path, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
-    """Epochs whose validation scores are of sounds that have been changed since, such as clips that could not be read."""
-    known = {number: sounds_path(folder, number) for number in numbers if sounds_path(folder, number).is_file()}
-    now = state_of_sounds(manifest, check) if known else {}
-    said = {number: read_json(path) or {} for number, path in known.items()}
+def _stale(brain: TaggingBrain, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
+    """Epochs whose validation scores are of sounds that have been changed since, or in another precision."""
+    paths = {number: sounds_path(brain.hparams.output_folder, number) for number in numbers}
+    said = {number: read_json(path) or {} for number, path in paths.items() if path.is_file()}
+    now = {**state_of_sounds(manifest, check), "precision": brain.eval_precision} if said else {}
     return [number for number, sounds in said.items() if any(sounds.get(key) != value for key, value in now.items())]
 
 
@@ -146,7 +146,7 @@ def _report(
         "chance": {"mAP": float(targets.mean(axis=0)[targets.any(axis=0)].mean())},
     }
     results["meaning"] = {**MEANING, **ROWS}
-    official = _official_counts(manifest, vocabulary)
+    official = official_counts(manifest, vocabulary)
     counts = targets.sum(axis=0).astype(int)
     results["clips"] = {
         "annotation": manifest.source,
@@ -161,16 +161,6 @@ def _report(
     write_scores(folder, f"{name}_ensemble", ensemble)
     write_results(folder, results)
     return results
-
-
-def _official_counts(manifest: Manifest, vocabulary: Vocabulary) -> np.ndarray | None:
-    """How many clips of each class the published set has; None if its preparation did not say."""
-    path = official_counts_path(manifest.source)
-    if not path.is_file():
-        return None
-    rows = (line.rsplit(",", 1) for line in path.read_text(encoding="utf-8").splitlines()[1:])
-    counts = {mid: int(n) for mid, n in rows}
-    return np.array([counts.get(mid, 0) for mid in vocabulary.mids])
 
 
 def write_class_figures(

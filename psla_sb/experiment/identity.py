@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hyperpyyaml.core import recursive_update
 from speechbrain.utils.run_opts import RunOptions
 
@@ -215,6 +216,11 @@ def contents_of(vocabulary: Vocabulary, sets: Mapping[str, tuple[Manifest, Label
 
 def check_contents(folder: str | Path, contents: Mapping[str, Any], finished: bool) -> None:
     """Refuses to go on in a run's folder with other classes, clips or labels; or, unless it has `finished`, other processes."""
+    every = [contents] * rank_and_world_size()[1]
+    if len(every) > 1:
+        torch.distributed.all_gather_object(every, contents)
+    if any(other != contents for other in every):
+        raise InputError("the processes have read different annotations or class lists; do all machines see the same folders?")
     folder = Path(folder)
     if not _has_begun(folder):
         return

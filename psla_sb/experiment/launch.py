@@ -21,7 +21,7 @@ from psla_sb.dataio.audio import AudioError
 from psla_sb.dataio.dataset import end_workers, shared_memory
 from psla_sb.errors import InputError, Interrupted
 from psla_sb.experiment.hparams import CommandLine
-from psla_sb.files import write_file
+from psla_sb.files import NotSeen, write_file
 
 # At its import SpeechBrain says that it cannot save figures, which nothing here lets it do.
 logging.disable(logging.WARNING)
@@ -84,8 +84,8 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         )
         sys.exit(EXIT_BAD_INPUT)
     except InputError as error:
-        # a broken sound file is known only to the process that read it
-        if if_main_process() or isinstance(error, AudioError):
+        # a broken sound file, and one that is not there, is known only to the process that reads it
+        if if_main_process() or isinstance(error, AudioError | NotSeen):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:

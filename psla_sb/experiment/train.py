@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import speechbrain as sb
 from hyperpyyaml import resolve_references
-from speechbrain.utils.distributed import ddp_broadcast, if_main_process, run_on_main
+from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
@@ -76,8 +76,6 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
     train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
     contents = identity.contents_of(vocabulary, {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)})
-    if ddp_broadcast(contents) != contents:
-        raise InputError("The processes read different annotations or class lists; are their folders one that all share?")
     identity.check_contents(folder, contents, run_opts.test_only or _has_finished(folder, hparams))
     for name, (dataset, labels) in {"train": (train_set, train_labels), "valid": (valid_set, valid_labels)}.items():
         for remark in remarks.on_labels(name, dataset.data, labels, hparams["balanced_sampling"]):

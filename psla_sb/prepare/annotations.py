@@ -8,11 +8,13 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 from speechbrain.utils.logger import get_logger
 
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.files import atomic_write, write_file
+from psla_sb.labels.vocabulary import Vocabulary
 
 logger = get_logger(__name__)
 
@@ -56,6 +58,15 @@ def write_annotation(
 def official_counts_path(annotation: str | Path) -> Path:
     """Where it says how many clips of each class the published set has of which an annotation lists those that are there."""
     return Path(annotation).with_name(f"{Path(annotation).stem}_official.csv")
+
+
+def official_counts(manifest: Manifest, vocabulary: Vocabulary) -> np.ndarray | None:
+    """Counts how many clips of each class the published set has, `[classes]`; None if an annotation's preparation did not say."""
+    path = official_counts_path(manifest.source)
+    if not path.is_file():
+        return None
+    counts = dict(line.rsplit(",", 1) for line in path.read_text(encoding="utf-8").splitlines()[1:])
+    return np.array([int(counts.get(mid, 0)) for mid in vocabulary.mids])
 
 
 def _stamp(annotation: Path) -> Path:
