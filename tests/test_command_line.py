@@ -77,15 +77,16 @@ def test_run_options():
 def test_every_key_can_be_overridden(path):
     """argparse would take a key that begins an option's name for that option: `--optimizer` for `--optimizer_step_limit`."""
     keys = ruamel.yaml.YAML().load(path.read_text(encoding="utf-8"))
-    assert set(keys) & set(RunOptions().keys()) <= {"max_grad_norm"}
+    assert set(keys) & set(RunOptions().keys()) <= {"max_grad_norm", "ckpt_interval_minutes"}
     assert set(keys) >= set(aggregate.REQUIRED_KEYS if path.stem == "aggregate" else REQUIRED_KEYS)
-    keys.pop("max_grad_norm", None)
+    for option in ("max_grad_norm", "ckpt_interval_minutes"):
+        keys.pop(option, None)
     assert overrides(*(f"--{key}=1" for key in keys)) == dict.fromkeys(keys, 1)
 
 
 def test_all_keys_that_are_used_are_looked_for_first():
     source = "".join(map(inspect.getsource, (train, brain, evaluation)))
-    optional = {"pretrained_tagger", "teacher_scores"}
+    optional = {"pretrained_tagger", "teacher_scores", "track"}
     assert set(re.findall(r'hparams(?:\["|\.(?!get\b))(\w+)', source)) - optional <= set(REQUIRED_KEYS)
     assert set(re.findall(r'hparams\["(\w+)', inspect.getsource(aggregate))) == set(aggregate.REQUIRED_KEYS)
 

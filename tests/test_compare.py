@@ -212,7 +212,12 @@ def test_where_clips_are_found(tmp_path):
 
 
 def test_which_scores_of_a_run(tmp_path):
-    write_results(tmp_path, {"epochs": [{"epoch": 1, "mAP": 0.3}, {"epoch": 2, "mAP": 0.2}]})
+    results = {"epochs": [{"epoch": 1, "mAP": 0.3}, {"epoch": 2, "mAP": 0.2}]}
+    write_results(tmp_path, results)
+    (tmp_path / "predictions").mkdir()
+    with pytest.raises(InputError, match="a run that is not finished"):
+        find_scores(tmp_path)
+    write_results(tmp_path, {**results, "evaluation": {}})
     for name in ("ensemble", "weight_average", "epoch_01", "epoch_02"):
         write_scores(tmp_path, f"valid_{name}", np.zeros((2, 6)))
     expected = {"ensemble": "ensemble", "weight_average": "weight_average", "best": "epoch_01", "last": "epoch_02"}
@@ -220,6 +225,10 @@ def test_which_scores_of_a_run(tmp_path):
         assert find_scores(tmp_path, row) == tmp_path / "predictions" / f"valid_{name}.npy"
         write_scores(tmp_path, f"test_{name}", np.zeros((2, 6)))
         assert find_scores(tmp_path, row) == tmp_path / "predictions" / f"test_{name}.npy"
+    # what an earlier test set has left
+    write_results(tmp_path, {**results, "evaluation": {}, "clips": {"set": "valid"}})
+    assert find_scores(tmp_path).name == "valid_ensemble.npy"
+    write_results(tmp_path, {**results, "evaluation": {}, "clips": {"set": "test"}})
     VOCABULARY.to_csv(tmp_path / CLASSES)
     (tmp_path / "predictions" / "test_clips.csv").write_text("ID,labels\na,/m/1\nb,\n")
     run = open_predictions(tmp_path)

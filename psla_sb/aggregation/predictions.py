@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
-from psla_sb.checkpoints.run_folder import CLASSES, best_epoch, prediction_path, trained_epochs
+from psla_sb.checkpoints.run_folder import CLASSES, best_epoch, prediction_path, read_results, trained_epochs
 from psla_sb.dataio.manifest import COLUMNS, Manifest
 from psla_sb.errors import InputError
 from psla_sb.labels.teacher_scores import IDS, SCORES
@@ -213,11 +213,16 @@ def find_scores(path: str | Path, row: str = "ensemble") -> Path:
     if row in ("best", "last"):
         epochs = trained_epochs(path)
         name = f"epoch_{best_epoch(epochs) if row == 'best' else epochs[-1]['epoch']:02d}"
-    found = [prediction_path(path, f"{set_name}_{name}") for set_name in ("test", "valid")]
+    results = read_results(path)
+    if "evaluation" not in results:
+        raise InputError(f"{path}: a run that is not finished: its scores may be of different epochs; the same command goes on")
+    # of a run of before it was noted, what there is
+    sets = [results["clips"]["set"]] if "set" in results.get("clips", {}) else ["test", "valid"]
+    found = [prediction_path(path, f"{set_name}_{name}") for set_name in sets]
     for file in found:
         if file.is_file():
             return file
-    raise InputError(f"{found[0]}: no such file, nor {found[1].name}; finish the run, or choose another --row")
+    raise InputError(f"{' and '.join(map(str, found))}: no such file; choose another --row")
 
 
 def find_clips(scores: Path) -> Path:

@@ -17,7 +17,7 @@ from speechbrain.utils.logger import get_logger
 from tqdm import tqdm
 
 from psla_sb.checkpoints.sources import Source, open_source
-from psla_sb.dataio.bad_clips import check_audio, listed, state_of_sounds
+from psla_sb.dataio.bad_clips import check_audio, listed, state_of_bad_clips, state_of_sounds
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
@@ -115,7 +115,7 @@ def score(
         _score_together(taggers, manifest, folder, settings, num_workers, check)
         # which clips are scored as silence is known now
         run_on_main(
-            _publish, [folder, {name: {**made_from[name], **state_of_sounds(manifest, check)} for name in taggers}, manifest]
+            _publish, [folder, {name: {**made_from[name], **state_of_bad_clips(manifest, check)} for name in taggers}, manifest]
         )
     for file in files.values():
         wait_for(file)

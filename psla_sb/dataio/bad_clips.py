@@ -109,9 +109,14 @@ def listed(check: Callable) -> list[str]:
 
 def state_of_sounds(manifest: Manifest, check: Callable) -> dict[str, str]:
     """Tells whether scores are of sounds as they are now: size and time of their files, and which are scored as silence."""
+    return {"sounds": manifest.state_of_files(), **state_of_bad_clips(manifest, check)}
+
+
+def state_of_bad_clips(manifest: Manifest, check: Callable) -> dict[str, str]:
+    """Tells which of a set's clips are scored as silence: known after a pass, where files are as they were before it."""
     silent = pa.array(listed(check), pa.string())
     known = manifest.table["ID"].filter(pc.is_in(manifest.table["ID"], silent)).to_pylist()
-    return {"sounds": manifest.state_of_files(), "bad_clips": hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()}
+    return {"bad_clips": hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest()}
 
 
 def audio_check(policy: str, folder: str | Path, name: str, n_clips: int) -> Callable[[PaddedBatch], None]:

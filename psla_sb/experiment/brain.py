@@ -22,7 +22,7 @@ from torch.nn.utils import get_total_norm
 
 from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, sounds_path, write_results, write_scores
 from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, remember_statistics, save_weights, trained_modules
-from psla_sb.dataio.bad_clips import audio_check, check_audio, csv_line, state_of_sounds
+from psla_sb.dataio.bad_clips import audio_check, check_audio, csv_line, state_of_bad_clips
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
@@ -178,7 +178,8 @@ class TaggingBrain(sb.Brain):
         """Says every few minutes how far the epoch is, where no progress bar does."""
         if self.noprogressbar and if_main_process() and self.pace.is_due():
             n_steps, rate = self.n_steps or self.step, self.pace.clips_per_second()
-            left = duration_text((n_steps - self.step + 1) * self.pace.seconds() / max(1, self.step - self.pace.first_step))
+            done = max(1, self.step - 1 - self.pace.first_step)
+            left = duration_text((n_steps - self.step + 1) * self.pace.seconds() / done)
             logger.info(
                 "Epoch %d: step %d of %d, %.1f clips/s, loss %.4f, %s to the end of the epoch's training",
                 *(self.hparams.epoch_counter.current, self.step, n_steps, rate, self.avg_train_loss, left),
@@ -312,6 +313,9 @@ class TaggingBrain(sb.Brain):
                 torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
+            if self.valid_manifest is not None and stage == sb.Stage.VALID and if_main_process():
+                # before they are read: what is changed while they are is not what was scored
+                self.valid_sounds = {"sounds": self.valid_manifest.state_of_files()}
 
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Ends an epoch of training or the scoring of a set."""
@@ -350,15 +354,15 @@ class TaggingBrain(sb.Brain):
         self.epochs.append(record)
         self.timing.append({"epoch": epoch, **self.measured(epoch)})
         if self.valid_manifest is not None:
-            sounds = state_of_sounds(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
-            write_file(sounds_path(folder, epoch), json.dumps({**sounds, "precision": self.eval_precision}))
+            bad = state_of_bad_clips(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
+            write_file(sounds_path(folder, epoch), json.dumps({**self.valid_sounds, **bad, "precision": self.eval_precision}))
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
         write_results(folder, {"epochs": self.epochs, "timing": self.timing})
         log_epoch(as_list(self.hparams.train_logger), record, self.timing[-1], [*FIGURES, "ensemble_mAP"])
         return record
 
     def measured(self, epoch: int) -> dict[str, float]:
-        """How long the epoch took, how many clips all processes trained on in a second, what is left, and the most memory."""
+        """How long the epoch took, as a whole, how many clips all processes trained on in a second, what is left, and memory."""
         seconds, of_training = self.pace.total(), self.pace.whole_epoch(self.n_steps)
         if self.device_type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20
@@ -368,7 +372,7 @@ class TaggingBrain(sb.Brain):
         whole = seconds - self.pace.trained + of_training
         left = max(0, self.hparams.epoch_counter.limit - epoch) * whole
         rate = self.pace.clips_per_second() * rank_and_world_size()[1]
-        return {"seconds": seconds, "clips_per_second": rate, "eta_seconds": left, "peak_memory_MiB": peak}
+        return {"seconds": whole, "clips_per_second": rate, "eta_seconds": left, "peak_memory_MiB": peak}
 
     def loss_of(self, stats: TaggingStats) -> float:
         """A stage's loss, which is not the mean over its batches: a short last one would count like a full one."""

@@ -227,7 +227,7 @@ def write_csv(path: Path, variants: Sequence[Variant], evaluations: Evaluations)
         for seed, rows in evaluations.get(variant.name, {}).items():
             for row in ROWS:
                 if row in rows and row != "chance":
-                    figures = ["" if rows[row].get(figure) is None else rows[row][figure] for figure in FIGURES]
+                    figures = [rows[row][figure] if math.isfinite(rows[row].get(figure, math.nan)) else "" for figure in FIGURES]
                     writer.writerow([variant.name, variant.group, changes(variant.overrides), seed, row, *figures])
     with atomic_write(path) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")

@@ -76,6 +76,9 @@ def _times(loader: DataLoader, brain: TaggingBrain, work: Any) -> tuple[float, f
         if brain.device_type == "cuda":
             torch.cuda.synchronize(brain.device)
         worked.append(time.monotonic() - begun)
+    if not waited:
+        # a process without a batch
+        return 0.0, 0.0
     # the first one compiles, fills caches, starts workers
     waiting, working = (sum(times[1:] or times) / len(times[1:] or times) for times in (waited, worked))
     return waiting, working

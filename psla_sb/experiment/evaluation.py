@@ -99,9 +99,7 @@ def evaluate(
         crop=getattr(hparams, "eval_crop", "first"),
         check=check,
     )
-    return run_on_main(
-        _report, [brain, results, name, manifest, vocabulary, averaged, again, targets, scores[f"{name}_weight_average"]]
-    )
+    return run_on_main(_report, [brain, results, name, manifest, vocabulary, averaged, targets, scores[f"{name}_weight_average"]])
 
 
 def _stale(brain: TaggingBrain, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
@@ -119,22 +117,23 @@ def _report(
     manifest: Manifest,
     vocabulary: Vocabulary,
     averaged: list[int],
-    again: Sequence[int],
     targets: np.ndarray,
     weight_average: np.ndarray,
 ) -> dict[str, Any]:
     """Computes the figures of what was scored, and writes them and the ensemble's scores."""
     folder, epochs = Path(brain.hparams.output_folder), results["epochs"]
     numbers = [epoch["epoch"] for epoch in epochs]
-    each, mean = {}, MeanScores()
+    each, mean, changed = {}, MeanScores(), False
     for number, epoch in zip(numbers, epochs, strict=True):
         scored = np.load(prediction_path(folder, f"{name}_epoch_{number:02d}"))
         ensemble = mean.add(scored)
-        figures = summarize(scored, targets) if number in again else epoch
+        figures = summarize(scored, targets)
         each[number] = {figure: figures[figure] for figure in FIGURES}
-        if name == "valid" and again:
+        # of sounds that were changed since the epoch was trained, see `_stale`
+        changed |= name == "valid" and any(each[number][figure] != epoch[figure] for figure in FIGURES)
+        if changed:
             epoch |= {**each[number], "ensemble_mAP": summarize(ensemble, targets)["mAP"]}
-            epoch |= {"valid_loss": figures["loss"]} if number in again and brain.loss is binary_cross_entropy else {}
+            epoch |= {"valid_loss": figures["loss"]} if brain.loss is binary_cross_entropy else {}
     best = best_epoch(epochs)
     last_epochs_mean = {figure: float(np.mean([each[number][figure] for number in averaged])) for figure in FIGURES}
     results["evaluation"] = {
@@ -149,6 +148,7 @@ def _report(
     official = official_counts(manifest, vocabulary)
     counts = targets.sum(axis=0).astype(int)
     results["clips"] = {
+        "set": name,
         "annotation": manifest.source,
         "found": len(manifest),
         "ids": manifest.digest(("ID",)),

@@ -6,9 +6,11 @@
 Both are in the folder's `identity.json` from the first training step on, and are compared at every start.
 """
 
+import hashlib
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from hyperpyyaml.core import recursive_update
+from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import read_yaml
@@ -23,28 +26,36 @@ from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, IDENTITY, predictio
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError
+from psla_sb.experiment.hparams import resolve
 from psla_sb.files import write_json
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 
 # Folders may be moved: what is in them is told by its content.
-PLACES = {"data_folder", "output_folder", "resampled_folder"}
-# Keys that change no weight and no score, or (classes, clips) whose files are compared by what they say, or (precision) that
-# belong to what scores are stamped with.
-MAY_CHANGE = PLACES | {
-    *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips"),
+PLACES = ("data_folder", "output_folder", "resampled_folder")
+# Of SpeechBrain's options, which may be given by the YAML file too, those that change weights.
+OPTIONS = ("debug", "max_grad_norm", "skip_nonfinite_grads", "grad_accumulation_factor", "remove_vector_weight_decay")
+# Keys that change no weight and no score; or whose files are compared by what they say (classes, clips, a teacher's scores); or
+# that scores are stamped with (precision).
+MAY_CHANGE = {
+    *PLACES,
+    *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips", "teacher_scores"),
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
-    *("num_workers", "valid_batch_size", "precision", "eval_precision", "ckpt_interval_minutes", "ckpt_interval_steps"),
+    *("num_workers", "valid_batch_size"),
     *("number_of_epochs", "epoch_counter", "average_start", "published"),
     *("train_logger", "track", "checkpointer"),
+    *(set(RunOptions().keys()) - set(OPTIONS)),
 }
-# Of SpeechBrain's options, which may be given by the YAML file too.
-OPTIONS = (
-    *("debug", "max_grad_norm", "skip_nonfinite_grads", "grad_accumulation_factor", "optimizer_step_limit"),
-    "remove_vector_weight_decay",
-)
+# What a file without the key means.
+DEFAULTS = {
+    **{"train_crop": "first", "eval_crop": "first", "distillation_weight": 1.0},
+    **{"waveform_augment": "a list of 1", "waveform_augment.0": "= mixup"},
+    "loss": "!name:psla_sb.experiment.brain.binary_cross_entropy",
+    "brain_class": "!name:psla_sb.experiment.brain.TaggingBrain",
+}
 MOST_NAMED = 8
 
+logger = get_logger(__name__)
 Settings = Mapping[str, Any]
 
 
@@ -58,23 +69,25 @@ def flat(settings: Settings) -> dict[str, Any]:
     {'classifier': '!new:m.Pooling', 'classifier.n_heads': 4, 'classifier.sizes': 'a list of 2', 'classifier.sizes.0': 1,
     'classifier.sizes.1': '.inf'}
     """
+    found: dict[str, Any] = {}
     names: dict[int, str] = {}
-
-    def leaves(name: str, node: Any) -> Iterator[tuple[str, Any]]:
+    waiting: deque[tuple[str, Any]] = deque([("", settings)])
+    # the keys of the file before what is in them: what several refer to is called as the file calls it
+    while waiting:
+        name, node = waiting.popleft()
         tag = getattr(getattr(node, "tag", None), "value", None)
-        if isinstance(node, dict | list):
-            if id(node) in names:
-                yield name, f"= {names[id(node)]}"
-                return
+        if not isinstance(node, dict | list):
+            # once HyperPyYAML has built something, "(1, 2)" is read as a tuple, and a text before
+            found[name] = _plain(getattr(node, "value", node)) if tag in (None, "!tuple") else f"{tag} {node.value}".rstrip()
+        elif id(node) in names:
+            found[name] = f"= {names[id(node)]}"
+        else:
             names[id(node)] = name
             if name and (tag or isinstance(node, list) or not node):
-                yield name, tag or (f"a list of {len(node)}" if isinstance(node, list) else "{}")
-            for key, child in node.items() if isinstance(node, dict) else enumerate(node):
-                yield from leaves(f"{name}.{key}" if name else str(key), child)
-        else:
-            yield name, f"{tag} {node.value}".rstrip() if tag else _plain(node)
-
-    return dict(leaves("", settings))
+                found[name] = tag or (f"a list of {len(node)}" if isinstance(node, list) else "{}")
+            children = node.items() if isinstance(node, dict) else enumerate(node)
+            waiting += [(f"{name}.{key}" if name else str(key), child) for key, child in children]
+    return found
 
 
 def _plain(value: Any) -> Any:
@@ -117,7 +130,7 @@ def changes(then: Settings, now: Settings, written: Settings) -> dict[str, tuple
     for name in differing:
         if name.partition(".")[0] not in MAY_CHANGE:
             of_name = causes(name)
-            if not of_name <= PLACES:
+            if not of_name <= set(PLACES):
                 found |= {cause: (then.get(cause), now.get(cause)) for cause in names if cause in of_name}
     # of a part that is another one altogether, what is in it is not named
     return {name: pair for name, pair in found.items() if not any(name.startswith(f"{other}.") for other in found)}
@@ -129,15 +142,13 @@ def _with_options(settings: Settings, run_opts: RunOptions) -> dict[str, Any]:
     return {**settings, **given}
 
 
-def check_settings(folder: str | Path, file: str | Path, resolved: Settings, overrides: Settings, run_opts: RunOptions) -> None:
+def check_settings(folder: str | Path, file: str | Path, settings: Settings, overrides: Settings, run_opts: RunOptions) -> None:
     """Refuses to go on in the output folder of a run with other settings than those that it was trained with.
 
     Arguments
     ---------
-    file, overrides
-        The YAML file and what the command line has of its keys.
-    resolved
-        Its keys without references.
+    file, overrides, settings
+        The YAML file, what the command line has of its keys, and its keys without references.
     run_opts
         SpeechBrain's options.
 
@@ -146,20 +157,28 @@ def check_settings(folder: str | Path, file: str | Path, resolved: Settings, ove
     InputError
         The message names each key, as the YAML file writes it, and what it was.
     """
-    folder = Path(folder)
-    then = _settings_of(folder)
-    if then is None:
+    folder = Path(folder).absolute()
+    if not has_begun(folder, settings):
+        return
+    if (folder / IDENTITY).is_file():
+        then, now = read_identity(folder)["settings"], settings_of(file, overrides, run_opts)
+    elif (folder / HPARAMS).is_file():
+        # of a run of before there was an identity: keys that came or went since say nothing of it
+        then, now = flat(read_yaml(folder / HPARAMS)), flat(_with_options(settings, run_opts))
+        keys = [{name.partition(".")[0] for name in one} for one in (then, now)]
+        common = (keys[0] & keys[1]) | set(DEFAULTS)
+        then, now = ({name: value for name, value in one.items() if name.partition(".")[0] in common} for one in (then, now))
+    elif has_checkpoint(settings):
+        where = checkpoints_folder(settings)
+        raise InputError(f"{where} has the checkpoints of a run, but not of {folder}: choose another checkpoints_dir")
+    else:
         return
     written = read_yaml(file)
     recursive_update(written, dict(overrides))
-    now = flat(_with_options(resolved, run_opts))
-    if not (folder / IDENTITY).is_file():
-        # of a run of before there was such a file: keys that came or went since say nothing of it
-        common = {name.partition(".")[0] for name in then} & {name.partition(".")[0] for name in now}
-        then, now = ({name: value for name, value in one.items() if name.partition(".")[0] in common} for one in (then, now))
+    then, now = ({**_defaults(one), **one} for one in (then, now))
     found = changes(then, now, flat(written))
-    n_trained, n_epochs = len(read_results(folder).get("epochs", [])), resolved.get("number_of_epochs")
-    if isinstance(n_epochs, int) and n_epochs < n_trained:
+    n_trained, n_epochs = len(read_results(folder).get("epochs", [])), _limit(settings)
+    if n_epochs is not None and n_epochs < n_trained:
         found["number_of_epochs"] = (n_trained, n_epochs)
     if found:
         said = [f"{name} was {_text(was)}, is {_text(value)}" for name, (was, value) in found.items()]
@@ -167,17 +186,39 @@ def check_settings(folder: str | Path, file: str | Path, resolved: Settings, ove
         _refuse(folder, "; ".join(said[:MOST_NAMED] + more), _another(folder, found))
 
 
-def _settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run that has been trained in a folder; None if there is none, or nothing that tells."""
-    if not _has_begun(folder):
-        return None
-    if (folder / IDENTITY).is_file():
-        return read_identity(folder)["settings"]
-    return flat(read_yaml(folder / HPARAMS)) if (folder / HPARAMS).is_file() else None
+def _defaults(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in DEFAULTS.items() if name.partition(".")[0] not in settings}
 
 
-def _has_begun(folder: Path) -> bool:
-    return bool(read_results(folder).get("epochs")) or any(folder.glob("*/CKPT+*"))
+def _limit(settings: Settings) -> int | None:
+    counter = settings.get("epoch_counter")
+    limit = counter.get("limit") if isinstance(counter, Mapping) else None
+    return limit if isinstance(limit, int) else None
+
+
+def settings_of(file: str | Path, overrides: Settings, run_opts: RunOptions) -> dict[str, Any]:
+    """Lists the settings of a YAML file and the command line, wherever its folders are."""
+    keys = read_yaml(file)
+    places = {key: key.upper() for key in PLACES if keys.get(key, overrides.get(key)) is not None}
+    known = {key: value for key, value in {**overrides, **places}.items() if key in keys}
+    return flat(_with_options(resolve(file, known), run_opts))
+
+
+def checkpoints_folder(settings: Settings) -> Path:
+    """Where a run's checkpoints are."""
+    checkpointer = settings.get("checkpointer")
+    folder = checkpointer.get("checkpoints_dir") if isinstance(checkpointer, Mapping) else None
+    return Path(folder) if isinstance(folder, str) else Path(settings["output_folder"]) / "save"
+
+
+def has_checkpoint(settings: Settings) -> bool:
+    """Tells whether there is a checkpoint to go on from."""
+    return any(checkpoints_folder(settings).glob("CKPT+*/CKPT.yaml"))
+
+
+def has_begun(folder: Path, settings: Settings) -> bool:
+    """Tells whether something was trained in an output folder."""
+    return bool(read_results(folder).get("epochs")) or has_checkpoint(settings)
 
 
 def _another(folder: Path, found: Mapping[str, tuple[Any, Any]]) -> Path:
@@ -205,59 +246,79 @@ def read_identity(folder: str | Path) -> dict[str, Any]:
     return identity
 
 
-def contents_of(vocabulary: Vocabulary, sets: Mapping[str, tuple[Manifest, LabelSets]]) -> dict[str, Any]:
-    """What cannot be told by settings: which classes, clips and labels a run has, and by how many processes it is trained."""
+def contents_of(
+    vocabulary: Vocabulary, sets: Mapping[str, tuple[Manifest, LabelSets]], teacher: np.ndarray | None, processes: int | None
+) -> dict[str, Any]:
+    """What settings do not tell: which classes, clips and labels a run has, a teacher's scores, how many processes train.
+
+    `processes` is None if nothing is trained any more.
+    """
     of_sets = {
         name: {"clips": len(manifest), "ids": manifest.digest(("ID",)), "labels": labels.digest()}
         for name, (manifest, labels) in sets.items()
     }
-    return {"classes": vocabulary.digest(), "processes": rank_and_world_size()[1], **of_sets}
+    names = hashlib.sha256(json.dumps([vocabulary.mids, vocabulary.names]).encode()).hexdigest()
+    sounds = sets["train"][0].some_sizes() if "train" in sets else None
+    return {"classes": names, "teacher_scores": _digest_of(teacher), "processes": processes, "train_sounds": sounds, **of_sets}
 
 
-def check_contents(folder: str | Path, contents: Mapping[str, Any], finished: bool) -> None:
-    """Refuses to go on in a run's folder with other classes, clips or labels; or, unless it has `finished`, other processes."""
+def _digest_of(scores: np.ndarray | None) -> str | None:
+    """Of a thousand rows: there are gigabytes of them."""
+    if scores is None:
+        return None
+    rows = np.linspace(0, len(scores) - 1, min(1000, len(scores))).astype(int)
+    return hashlib.sha256(str(scores.shape).encode() + np.ascontiguousarray(scores[rows]).tobytes()).hexdigest()
+
+
+def check_contents(folder: str | Path, settings: Settings, contents: Mapping[str, Any]) -> None:
+    """Refuses to go on in a run's folder with other classes, clips or labels, or to train it by other processes."""
     every = [contents] * rank_and_world_size()[1]
     if len(every) > 1:
         torch.distributed.all_gather_object(every, contents)
     if any(other != contents for other in every):
         raise InputError("the processes have read different annotations or class lists; do all machines see the same folders?")
-    folder = Path(folder)
-    if not _has_begun(folder):
+    folder = Path(folder).absolute()
+    if not has_begun(folder, settings):
         return
-    if not (folder / IDENTITY).is_file():
-        return _check_old_contents(folder, contents)
-    then = read_identity(folder)["contents"]
-    for name, now in contents.items():
-        was = then.get(name, now)
-        if was == now or (name == "processes" and finished):
-            continue
-        if name == "classes":
-            what = "the class list has other classes, or in another order"
-        elif name == "processes":
-            what = f"it was trained by {was} processes, which makes its batches, not by {now}"
-        elif was["clips"] != now["clips"]:
-            what = f"{name}_annotation had {was['clips']} clips, and has {now['clips']}"
-        elif was["ids"] != now["ids"]:
-            what = f"{name}_annotation has other clips, or in another order"
-        else:
-            what = f"the clips of {name}_annotation have other labels"
-        _refuse(folder, what, folder.with_name(f"{folder.name}-2"))
-    return None
+    what = _old_differences(folder, contents)
+    if (folder / IDENTITY).is_file():
+        then = read_identity(folder)["contents"]
+        what = (_difference(name, then.get(name), now) for name, now in contents.items())
+    for difference in filter(None, what):
+        _refuse(folder, difference, folder.with_name(f"{folder.name}-2"))
 
 
-def _check_old_contents(folder: Path, contents: Mapping[str, Any]) -> None:
+def _difference(name: str, was: Any, now: Any) -> str | None:
+    if was == now or (name == "processes" and None in (was, now)):
+        return None
+    if name == "train_sounds":
+        logger.warning("The training clips' sound files have other sizes than at the start; are they the same sounds?")
+        return None
+    if name == "classes":
+        return "the class list has other classes or names, or in another order"
+    if name == "teacher_scores":
+        return "teacher_scores has other scores"
+    if name == "processes":
+        return f"it was trained by {was} processes, which makes its batches, not by {now}"
+    if was["clips"] != now["clips"]:
+        return f"{name}_annotation had {was['clips']} clips, and has {now['clips']}"
+    if was["ids"] != now["ids"]:
+        return f"{name}_annotation has other clips, or in another order"
+    return f"the clips of {name}_annotation have other labels"
+
+
+def _old_differences(folder: Path, contents: Mapping[str, Any]) -> Iterator[str | None]:
     """Compares what a run of before there was `identity.json` has: its class list, and its scores of the validation set."""
     classes, scores = folder / CLASSES, prediction_path(folder, "valid_epoch_01")
-    if classes.is_file() and Vocabulary.from_csv(classes).digest() != contents["classes"]:
-        _refuse(folder, "the class list has other classes, or in another order", folder.with_name(f"{folder.name}-2"))
+    if classes.is_file():
+        vocabulary = Vocabulary.from_csv(classes)
+        yield _difference("classes", contents_of(vocabulary, {}, None, None)["classes"], contents["classes"])
     if scores.is_file() and (n_clips := len(np.load(scores, mmap_mode="r"))) != contents["valid"]["clips"]:
-        what = f"valid_annotation had {n_clips} clips, and has {contents['valid']['clips']}"
-        _refuse(folder, what, folder.with_name(f"{folder.name}-2"))
+        yield f"valid_annotation had {n_clips} clips, and has {contents['valid']['clips']}"
 
 
-def write_identity(folder: str | Path, resolved: Settings, contents: Mapping[str, Any], run_opts: RunOptions) -> None:
-    """Writes down what run a folder has, unless that is known."""
-    folder = Path(folder)
-    if not (_has_begun(folder) and (folder / IDENTITY).is_file()):
-        identity = {"settings": flat(_with_options(resolved, run_opts)), "contents": dict(contents)}
-        write_json(folder / IDENTITY, identity)
+def write_identity(folder: str | Path, settings: Settings, identity: Mapping[str, Any]) -> None:
+    """Writes down what run a folder has, unless that is known; `identity` has `settings` and `contents`."""
+    path = Path(folder) / IDENTITY
+    if not (has_begun(Path(folder), settings) and path.is_file()):
+        write_json(path, identity)

@@ -54,7 +54,7 @@ def on_labels(name: str, annotation: Manifest, labels: LabelSets, balanced: bool
 
 
 def why_not_published(
-    file: str | Path, overrides: Mapping[str, Any], run_opts: RunOptions, sets: Mapping[str, Manifest]
+    file: str | Path, overrides: Mapping[str, Any], run_opts: RunOptions, sets: Mapping[str, Manifest], epochs_to_go: int = 0
 ) -> str | None:
     """Says why published figures cannot be laid beside a run's: another setting, or far fewer clips; None if they can."""
     written = read_yaml(file)
@@ -63,6 +63,8 @@ def why_not_published(
     changed += [option for option in OPTIONS if option in run_opts.overridden_args]
     if changed:
         return f"{', '.join(changed)} differ{'s' * (len(changed) == 1)} from the published setting"
+    if epochs_to_go > 0:
+        return f"{epochs_to_go} epochs are not trained yet"
     for name, manifest in sets.items():
         path = official_counts_path(manifest.source)
         if not path.is_file():

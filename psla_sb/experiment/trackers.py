@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 from speechbrain.utils.distributed import if_main_process
 from speechbrain.utils.train_logger import FileTrainLogger, TensorboardLogger, TrainLogger, WandBLogger
 
@@ -129,6 +128,9 @@ def log_results(loggers: Sequence[TrainLogger], evaluation: Mapping[str, Mapping
     }
     for one in loggers:
         if isinstance(one, TensorboardLogger):
+            # slow to import
+            import matplotlib.image
+
             for name, value in figures.items():
                 one.writer.add_scalar(f"final/{name}", value)
             for picture in pictures:

@@ -60,7 +60,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
     building = copy.deepcopy(settings)
-    if any(folder.glob("*/CKPT+*/CKPT.yaml")):
+    if identity.has_checkpoint(settings):
         # weights to start from would be fetched for nothing: a checkpoint has those to go on with
         without_pretrained(building["embedding_model"])
     hparams = build_hparams(hparams_file, building)
@@ -75,10 +75,17 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
     valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
     train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
-    contents = identity.contents_of(vocabulary, {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)})
-    identity.check_contents(folder, contents, run_opts.test_only or _has_finished(folder, hparams))
-    for name, (dataset, labels) in {"train": (train_set, train_labels), "valid": (valid_set, valid_labels)}.items():
-        for remark in remarks.on_labels(name, dataset.data, labels, hparams["balanced_sampling"]):
+    sets = {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)}
+    has_finished = run_opts.test_only or len(read_results(folder).get("epochs", [])) >= hparams["epoch_counter"].limit
+    contents = identity.contents_of(vocabulary, sets, train_set.teacher, None if has_finished else rank_and_world_size()[1])
+    identity.check_contents(folder, settings, contents)
+    # opened before the training: what is wrong with it should not show days later
+    name, dataset = "valid", valid_set
+    if hparams["test_annotation"]:
+        name, (dataset, labels) = "test", tagging_dataset("test", hparams, vocabulary)
+        sets["test"] = dataset.data, labels
+    for which, (manifest, labels) in sets.items():
+        for remark in remarks.on_labels(which, manifest, labels, hparams["balanced_sampling"]):
             logger.warning(remark)
     hparams["checkpointer"].add_recoverables(trained_modules(hparams["modules"]))
     for key in ("loss", "brain_class"):
@@ -94,22 +101,19 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     batches = train_batches(hparams, train_labels)
     n_steps = len(batches) // brain.grad_accumulation_factor * hparams["epoch_counter"].limit
-    for remark in remarks.on_schedule(hparams, n_steps):
+    for remark in () if brain.debug else remarks.on_schedule(hparams, min(n_steps, brain.optimizer_step_limit or n_steps)):
         logger.warning(remark)
     if hparams.get("on_bad_audio") == "skip":
         train_set.redraw = batches.redraw
-    # opened before the training: what is wrong with it should not show days later
-    name, dataset = "valid", valid_set
-    if hparams["test_annotation"]:
-        name, dataset = "test", tagging_dataset("test", hparams, vocabulary)[0]
     train_loader = {**loader, "batch_sampler": batches}
     if getattr(run_opts, "dry_run", False):
-        sets = {"train": train_set, "valid": valid_set} | ({"test": dataset} if name == "test" else {})
-        said = dry_run(brain, settings, sets, {"train": train_loader, "valid": valid_loader})
+        tried = {"train": train_set, "valid": valid_set, name: dataset}
+        said = dry_run(brain, settings, tried, {"train": train_loader, "valid": valid_loader})
         run_on_main(print, [said])
         return {}
     run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
-    run_on_main(identity.write_identity, [folder, settings, contents, run_opts])
+    known = {"settings": identity.settings_of(hparams_file, overrides, run_opts), "contents": contents}
+    run_on_main(identity.write_identity, [folder, settings, known])
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
     loggers = trackers.all_loggers(as_list(hparams["train_logger"]), settings["track"], folder, settings)
     brain.hparams.train_logger = loggers
@@ -124,9 +128,13 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary)
         published, reason = hparams["published"], None
         if published:
-            reason = remarks.why_not_published(hparams_file, overrides, run_opts, {"train": train_set.data, name: dataset.data})
+            compared = {"train": train_set.data, name: dataset.data}
+            to_go = hparams["epoch_counter"].limit - len(results["epochs"])
+            reason = remarks.why_not_published(hparams_file, overrides, run_opts, compared, to_go)
         table = results_table(results, {} if reason else published)
         note = f"\nPublished figures are not beside these: {reason}." if reason else ""
+        if (first := results["evaluation"]["weight_average"]["epochs"][0]) < hparams["average_start"]:
+            note += f"\nThe weight average is of epoch {first} alone: average_start is {hparams['average_start']}."
         logger.info("\n%s%s\n\n%s", table, note, example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots.training import write_pictures
@@ -134,10 +142,6 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         write_pictures(brain, dataset, name, vocabulary, train_labels)
         trackers.log_results(loggers, results["evaluation"], sorted((folder / "plots").glob("*.png")))
     return results
-
-
-def _has_finished(folder: Path, hparams: dict[str, Any]) -> bool:
-    return len(read_results(folder).get("epochs", [])) >= hparams["epoch_counter"].limit
 
 
 def _write_settings(folder: Path, file: str | Path, overrides: dict[str, Any], vocabulary: Vocabulary) -> None:

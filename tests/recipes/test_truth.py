@@ -77,7 +77,7 @@ def test_classes_and_clips_of_the_evaluation(tiny_run, mini_data):
     assert [row["ID"] for row in rows] == clips.table["ID"].to_pylist()
     assert [row["labels"] for row in rows] == clips.table["labels"].to_pylist()
     n_labels = int(targets.sum())
-    said = {"annotation": clips.source, "found": 20, "ids": clips.digest(("ID",)), "classes_with_fewer": 0}
+    said = {"set": "valid", "annotation": clips.source, "found": 20, "ids": clips.digest(("ID",)), "classes_with_fewer": 0}
     assert results["clips"] == {**said, "labels_found": n_labels, "labels_official": n_labels}
 
 
@@ -190,6 +190,8 @@ def test_published_figures_stand_beside_the_published_setting_alone(tmp_path):
         sets[name] = Manifest.from_columns(map(str, range(n)), ["a"] * n, [1.0] * n, ["/m/1"] * n, source=tmp_path / f"{name}.csv")
         (tmp_path / f"{name}_official.csv").write_text(f"mid,clips\n/m/1,{n_official}\n")
 
+    run_opts = CommandLine.from_command_line_args([str(file)])[1]
+
     def why(*arguments):
         _, run_opts, overrides = CommandLine.from_command_line_args([str(file), *arguments])
         return remarks.why_not_published(file, overrides, run_opts, sets)
@@ -199,6 +201,7 @@ def test_published_figures_stand_beside_the_published_setting_alone(tmp_path):
     assert why("--number_of_epochs=3", "--debug") == "number_of_epochs, debug differ from the published setting"
     (tmp_path / "train_official.csv").write_text("mid,clips\n/m/1,2000000\n")
     assert why() == "train_annotation has 90 of the published set's 2000000 labels"
+    assert remarks.why_not_published(file, {}, run_opts, sets, epochs_to_go=2) == "2 epochs are not trained yet"
     (tmp_path / "train_official.csv").unlink()
     assert "is not known" in why()
 
