@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from psla_sb import files
 from psla_sb.aggregation import scoring
@@ -211,6 +213,38 @@ def test_a_runs_table_is_of_the_sounds_as_they_are(tiny_run, mini_data, tmp_path
         assert {key: stamp[key] for key in now} == now
         assert "weights" in stamp
     assert [epoch["train_loss"] for epoch in before["epochs"]] == [epoch["train_loss"] for epoch in after["epochs"]]
+
+
+def test_a_kill_after_scoring_anew_leaves_no_old_figures(tiny_run, mini_data, tmp_path):
+    """Figures are those of the scores that are there, whoever wrote them."""
+    folder, log = shutil.copytree(tiny_run[0], tmp_path / "run"), tmp_path / "log"
+    rng = np.random.default_rng(0)
+    targets = Manifest.from_csv(folder / "eval.csv", mini_data).targets(Vocabulary.from_csv(folder / "class_labels_indices.csv"))
+    changed = rng.random(targets.shape).astype(np.float32)
+    np.save(folder / "predictions" / "valid_epoch_01.npy", changed)
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=folder)
+    assert finish(argv, log) == 0, log.read_text()
+    first, last = json.loads((folder / "results.json").read_text())["epochs"]
+    assert first["mAP"] == summarize(changed, targets)["mAP"]
+    second = np.load(folder / "predictions" / "valid_epoch_02.npy")
+    assert last["ensemble_mAP"] == pytest.approx(summarize((changed + second.astype(float)) / 2, targets)["mAP"])
+
+
+def test_scores_are_stamped_with_the_sounds_of_before_the_pass(lively_runs, clips, tmp_path):
+    manifest, vocabulary = clips
+    sound = tmp_path / "a.flac"
+    sound.write_bytes(Path(manifest[0]["wav"]).read_bytes())
+    wavs = [str(sound), *(manifest[i]["wav"] for i in range(1, 20))]
+    moved = Manifest.from_columns(manifest.table["ID"], wavs, [1.0] * 20, manifest.table["labels"])
+    member = {"a": snapshot_path(lively_runs / "a", 1)}
+
+    def replaced_meanwhile(batch):
+        if batch.index[0] == 0:
+            soundfile.write(sound, np.zeros(8000), 16000)
+
+    first = np.array(score(member, moved, vocabulary, tmp_path / "scores", check=replaced_meanwhile, batch_size=4)["a"])
+    again = score(member, moved, vocabulary, tmp_path / "scores", batch_size=4)["a"]
+    assert not np.array_equal(first[0], again[0])
 
 
 def test_greedy_selection_stops_when_nothing_gains(monkeypatch):

@@ -3,13 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import ruamel.yaml
+import soundfile
 
 from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import IDENTITY
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.experiment.identity import changes, flat
 from psla_sb.experiment.train import main
+from psla_sb.labels.teacher_scores import stamp
+from psla_sb.labels.vocabulary import Vocabulary
 from runs import TRAIN, command, differences, finish
 
 
@@ -207,3 +212,119 @@ def test_only_what_others_follow_from_is_named():
     ) == {"number_of_epochs": (1, 2)}
     # the same values, but another part
     assert "c" in changes(flat(yaml("a: &a {x: 1}\nb: &b {x: 1}\nc: *a")), flat(yaml("a: {x: 1}\nb: &b {x: 1}\nc: *b")), {})
+
+
+def mine(tmp_path, **blocks):
+    """The recipe's YAML file with other lines for some keys."""
+    text = (TRAIN.parent / "hparams" / "mini.yaml").read_text()
+    for old, new in blocks.values():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (tmp_path / "mine.yaml").write_text(text)
+    return tmp_path / "mine.yaml"
+
+
+def ended(tmp_path, file, **overrides):
+    """Exit status and last line of a run of a YAML file."""
+    log = tmp_path / "ended.log"
+    log.unlink(missing_ok=True)
+    status = finish(command(TRAIN, str(file), **overrides), log)
+    return status, log.read_text().splitlines()[-1]
+
+
+def test_checkpoints_in_another_folder(mini_data, tmp_path):
+    where = ("checkpoints_dir: !ref <output_folder>/save", f"checkpoints_dir: {tmp_path}/elsewhere/a")
+    file, folder = mine(tmp_path, where=where), tmp_path / "run"
+    settings = {"data_folder": mini_data, "output_folder": folder, "ckpt_interval_steps": 1}
+    argv = command(TRAIN, str(file), **settings)
+    assert finish(argv, tmp_path / "log", at=(15, "psla_sb.experiment.brain:TaggingBrain.fit_batch", 3)) == 75
+    assert not json.loads((folder / IDENTITY).read_text()).get("epochs")
+    status, line = ended(tmp_path, file, **settings, lr=1e-5)
+    assert (status, "lr was 0.002, is 1e-05" in line) == (2, True)
+    # of another run
+    status, line = ended(tmp_path, file, **{**settings, "output_folder": tmp_path / "other"})
+    assert status == 2
+    assert f"elsewhere/a has the checkpoints of a run, but not of {tmp_path / 'other'}" in line
+    assert finish(argv, tmp_path / "log") == 0
+
+
+def test_without_a_checkpoint_weights_to_start_from_are_needed(used, mini_data, tmp_path):
+    """A folder of checkpoints that was renamed is none to go on from."""
+    identity = json.loads((used / IDENTITY).read_text())
+    identity["settings"] |= {"pretrained": "/nowhere.pth", "embedding_model.pretrained": "/nowhere.pth"}
+    (used / IDENTITY).write_text(json.dumps(identity))
+    (used / "save").rename(used / "save_old")
+    status, line = ended(tmp_path, "hparams/mini.yaml", data_folder=mini_data, output_folder=used, pretrained="/nowhere.pth")
+    assert (status, "/nowhere.pth: cannot be read" in line) == (2, True)
+
+
+def test_a_changed_place_hides_no_other_change(tiny_run, mini_data, tmp_path):
+    folder = tmp_path / "run"
+    old = "freq_mask: 16 # in mel bins; 0: none"
+    file = mine(tmp_path, note=(old, f"{old}\nnote: !ref <data_folder>/a"))
+    settings = {"data_folder": mini_data, "output_folder": folder}
+    assert ended(tmp_path, file, **settings)[0] == 0
+    moved = shutil.copytree(mini_data, tmp_path / "data")
+    assert ended(tmp_path, file, **{**settings, "data_folder": moved})[0] == 0
+    file.write_text(file.read_text().replace("<data_folder>/a", "<data_folder>/b"))
+    status, line = ended(tmp_path, file, **{**settings, "data_folder": moved})
+    assert (status, "note was DATA_FOLDER/a, is DATA_FOLDER/b" in line) == (2, True)
+
+
+def test_a_key_that_was_not_there_had_a_meaning(used, mini_data, tmp_path, capsys):
+    (used / IDENTITY).unlink()
+    settings = used / "hyperparams.yaml"
+    settings.write_text("\n".join(line for line in settings.read_text().splitlines() if not line.startswith("eval_crop")) + "\n")
+    line = refusal(capsys, data_folder=mini_data, output_folder=used, eval_crop="centre")
+    assert "eval_crop was first, is centre" in line
+
+
+def test_a_teachers_scores_are_known_by_what_they_say(mini_data, tiny_run, tmp_path):
+    clips = Manifest.from_csv(tiny_run[0] / "train.csv", mini_data)
+    vocabulary = Vocabulary.from_csv(tiny_run[0] / "class_labels_indices.csv")
+    scores = np.full((len(clips), len(vocabulary)), 0.25, np.float32)
+
+    def teacher(name, values):
+        np.save(tmp_path / f"{name}.npy", values)
+        (tmp_path / f"{name}.json").write_text(json.dumps(stamp(clips, vocabulary)))
+        return tmp_path / f"{name}.npy"
+
+    files = {"train_annotation": tiny_run[0] / "train.csv", "valid_annotation": tiny_run[0] / "eval.csv", "skip_prep": True}
+    settings = {"data_folder": mini_data, "output_folder": tmp_path / "run", **files}
+    run = {**settings, "number_of_epochs": 1, "teacher_scores": teacher("one", scores)}
+    assert ended(tmp_path, "hparams/mini.yaml", **run)[0] == 0
+    assert ended(tmp_path, "hparams/mini.yaml", **{**run, "teacher_scores": teacher("moved", scores)})[0] == 0
+    for changed in (teacher("one", scores + 0.5), "null"):
+        status, line = ended(tmp_path, "hparams/mini.yaml", **{**run, "teacher_scores": changed, "number_of_epochs": 2})
+        assert (status, "teacher_scores has other scores" in line) == (2, True)
+
+
+def test_blocks_may_change_their_places():
+    first = "modules: {a: &x !new:m.A {n: 1}}\na: *x\nb: !new:m.B {of: *x}\n"
+    last = "a: &x !new:m.A {n: 1}\nb: !new:m.B {of: *x}\nmodules: {a: *x}\n"
+    assert flat(yaml(first)) == flat(yaml(last))
+
+
+def test_the_folder_one_is_in(used, mini_data, monkeypatch, capsys):
+    monkeypatch.chdir(used)
+    line = refusal(capsys, data_folder=mini_data, output_folder=".", mixup_rate=0)
+    assert f"{used} has a run of its own: mixup_rate was 0.5, is 0" in line
+
+
+def test_training_clips_of_other_sizes_are_said(used, mini_data, tmp_path):
+    data = shutil.copytree(mini_data, tmp_path / "data")
+    for clip in list((data / "audio").rglob("*.flac"))[:30]:
+        soundfile.write(clip, np.zeros(4000), 16000)
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=used)
+    assert finish(argv, tmp_path / "log") == 0
+    assert "sound files have other sizes than at the start" in (tmp_path / "log").read_text()
+
+
+def test_display_names_are_part_of_the_classes(used, mini_data, tmp_path):
+    head, first, second, *rows = (used / "class_labels_indices.csv").read_text().splitlines(keepends=True)
+    (index, mid, name), (other, other_mid, other_name) = (row.split(",", 2) for row in (first, second))
+    swapped = [head, f"{index},{mid},{other_name}", f"{other},{other_mid},{name}", *rows]
+    (tmp_path / "classes.csv").write_text("".join(swapped))
+    settings = {"data_folder": mini_data, "output_folder": used, "class_list": tmp_path / "classes.csv"}
+    status, line = ended(tmp_path, "hparams/mini.yaml", **settings)
+    assert (status, "other classes or names" in line) == (2, True)
