@@ -115,8 +115,9 @@ def differences(folder, other):
 def _figures(folder):
     """What `results.json` says, but for how long it took."""
     results = json.loads(_bytes(folder / "results.json")) or {}
-    # where the annotation is differs too
-    return {**results, "timing": None, "clips": {**results.get("clips", {}), "annotation": None}}
+    # where the annotation is, and what lies beside it, differs too
+    clips = {key: results.get("clips", {}).get(key) for key in ("set", "found", "ids", "labels_found")}
+    return {**results, "timing": None, "clips": clips}
 
 
 def _bytes(path):

@@ -164,6 +164,8 @@ class TaggingBrain(sb.Brain):
         """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
         self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
         self.batch_ids = batch.id
+        if self.pace is None:
+            self.pace = Pace(self.step - 1)
         self.pace.clips += len(batch.id) - int(sum(batch.partner))
         self.heartbeat()
         rank, _ = rank_and_world_size()
