@@ -111,11 +111,14 @@ def write_environment(folder: Path) -> None:
     write_file(folder / "env.log", "\n".join([*lines, "", *packages, ""]))
 
 
-def start_processes(run_opts: RunOptions) -> RunOptions:
+def start_processes(run_opts: RunOptions, knows_dry_run: bool = False) -> RunOptions:
     """Joins the processes that torchrun has started, if it has.
 
-    Returns options with defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks.
+    Returns options with defaults for where the process runs: gloo without a GPU, no progress bars where nobody looks. A job that
+    does not know `--dry_run` refuses it, since it would do what it was not meant to.
     """
+    if getattr(run_opts, "dry_run", False) and not knows_dry_run:
+        raise InputError("--dry_run is an option of train.py and ablate.py")
     defaults: dict[str, Any] = {}
     if not torch.cuda.is_available() or str(run_opts.device).startswith("cpu"):
         defaults["distributed_backend"] = "gloo"

@@ -55,7 +55,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
-    run_opts = launch.start_processes(run_opts)
+    run_opts = launch.start_processes(run_opts, knows_dry_run=True)
     settings = read_settings(hparams_file, overrides, optional=("trust", "track"))
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)

@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from psla_sb.checkpoints.run_folder import read_results, write_results
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.experiment import pace, remarks
+from psla_sb.experiment import aggregate, pace, remarks
 from psla_sb.experiment.hparams import CommandLine, read_settings
 from psla_sb.experiment.identity import MAY_CHANGE
 from psla_sb.experiment.schedules import WarmupDecayScheduler
@@ -123,6 +123,15 @@ def test_a_dry_run_trains_nothing(mini_data, tmp_path):
     whole = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "whole")
     assert finish(whole, tmp_path / "log") == 0
     assert differences(tmp_path / "whole", folder) == []
+
+
+def test_what_has_no_dry_run_refuses_it(tiny_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        aggregate.main(
+            str(TRAIN), ["hparams/aggregate.yaml", "--dry_run", f"--runs={tiny_run[0]}", f"--output_folder={tmp_path / 'x'}"]
+        )
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --dry_run is an option of train.py and ablate.py\n")
 
 
 def test_trackers_are_told_and_go_on(mini_data, tmp_path):
