@@ -11,7 +11,9 @@ import torch
 from speechbrain.inference.classifiers import EncoderClassifier
 
 from psla_sb.aggregation.report import greedy_selection
+from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.weights import load_weights
 from psla_sb.dataio import dataset
 from psla_sb.dataio.manifest import Manifest
@@ -157,6 +159,26 @@ def test_greedy_selection_picks_on_other_clips_than_it_reports(lively_runs, mini
     assert report["ensemble"]["mAP"] == pytest.approx(whole["mAP"], abs=1e-12)
     assert set(report["members"]) == set(names)
     assert "picked on the selection set" in (tmp_path / "log.txt").read_text()
+
+
+def test_members_of_other_lengths_hear_their_own_centre(lively_runs, tmp_path):
+    """A member that hears less is scored as it is alone."""
+    snapshot, short = lively_runs / "a" / "snapshots" / "epoch_01.safetensors", tmp_path / "short"
+    open_source(snapshot).export(short)
+    settings = (short / "hyperparams.yaml").read_text()
+    (short / "hyperparams.yaml").write_text(settings.replace("n_frames: 48", "n_frames: 25"))
+    both = aggregate([lively_runs / "a", short], tmp_path / "both", eval_crop="centre", export=False)
+    (name,) = (name for name in both["members"] if name.endswith("short"))
+    files = {
+        key: lively_runs / "a" / file for key, file in (("annotation", "eval.csv"), ("class_list", "class_labels_indices.csv"))
+    }
+    data_folder = read_yaml(lively_runs / "a" / "hyperparams.yaml")["data_folder"]
+    alone = aggregate([short], tmp_path / "alone", eval_crop="centre", export=False, data_folder=data_folder, **files)
+    (only,) = alone["members"]
+    together = np.load(tmp_path / "both" / "scores" / f"{name}.npy")
+    assert np.array_equal(together, np.load(tmp_path / "alone" / "scores" / f"{only}.npy"))
+    first = aggregate([short], tmp_path / "first", eval_crop="first", export=False, data_folder=data_folder, **files)
+    assert not np.allclose(together, np.load(tmp_path / "first" / "scores" / f"{next(iter(first['members']))}.npy"))
 
 
 def test_greedy_selection_is_the_best_step_by_step():

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from psla_sb.checkpoints.run_folder import read_results, write_results
 from psla_sb.dataio.manifest import Manifest
-from psla_sb.experiment import aggregate, pace, remarks
+from psla_sb.experiment import aggregate, evaluation, pace, remarks
 from psla_sb.experiment.hparams import CommandLine, read_settings
 from psla_sb.experiment.identity import MAY_CHANGE
 from psla_sb.experiment.schedules import WarmupDecayScheduler
@@ -184,7 +185,13 @@ def test_clips_that_are_never_drawn(mini_data, tiny_run, tmp_path):
     assert "2 of 3 clips have no label; balanced sampling never draws them" in said
     assert list(remarks.on_labels("train", clips, labels, balanced=False)) == []
     rows = (tiny_run[0] / "train.csv").read_text().splitlines(keepends=True)
-    (tmp_path / "train.csv").write_text("".join([rows[0], *(row.rpartition(",")[0] + ',""\n' for row in rows[1:])]))
+    unlabelled = [row.rpartition(",")[0] + ',""\n' for row in rows[1:]]
+    files = {"train_annotation": tmp_path / "some.csv", "valid_annotation": tiny_run[0] / "eval.csv", "skip_prep": True}
+    (tmp_path / "some.csv").write_text("".join([*rows[:-2], *unlabelled[-2:]]))
+    argv = command(TRAIN, "hparams/mini.yaml", "--dry_run", data_folder=mini_data, output_folder=tmp_path / "run", **files)
+    assert finish(argv, tmp_path / "log") == 0
+    assert "2 of 40 clips have no label; balanced sampling never draws them" in (tmp_path / "log").read_text()
+    (tmp_path / "train.csv").write_text("".join([rows[0], *unlabelled]))
     files = {"train_annotation": tmp_path / "train.csv", "valid_annotation": tiny_run[0] / "eval.csv", "skip_prep": True}
     argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run", **files)
     assert finish(argv, tmp_path / "log") == 2
@@ -258,8 +265,24 @@ def test_what_is_printed_first_and_env_log(tiny_run):
     lines = (folder / "env.log").read_text().splitlines()
     assert lines[1] == sys.executable
     assert f"torch=={version('torch')}" in lines
+    assert "The learning rate is still rising when the run ends: it has 10 steps, warmup_steps is 20." in printed
     # names have commas in them
     assert re.search(r"its labels: [^;]+; ", printed)
+
+
+def test_the_example_is_of_the_runs_device_and_modules(tiny_run, mini_data, tmp_path, monkeypatch):
+    opened, from_source = [], evaluation.AudioTagger.from_source
+    monkeypatch.setattr(
+        evaluation.AudioTagger,
+        "from_source",
+        lambda source, **kwargs: (opened.append((source, kwargs)), from_source(source, **kwargs))[1],
+    )
+    folder = shutil.copytree(tiny_run[0], tmp_path / "run")
+    arguments = ["--test_only", "--device=cpu"]
+    main(str(TRAIN), command(TRAIN, "hparams/mini.yaml", *arguments, data_folder=mini_data, output_folder=folder)[2:])
+    ((source, kwargs),) = opened
+    assert kwargs == {"run_opts": {"device": "cpu"}}
+    assert source.built["embedding_model"] is not None
 
 
 def test_files_have_the_modes_that_the_umask_gives(mini_data, tmp_path):

@@ -102,6 +102,7 @@ def test_what_may_change_and_a_folder_that_was_moved(used, tiny_run, mini_data, 
     settings = {"num_workers": 1, "valid_batch_size": 3, "on_bad_audio": "skip", "trust": "[]", "ckpt_interval_minutes": 5}
     argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=moved, published="{last: 0.9}", **settings)
     assert finish(argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert "Published figures are not beside these: " in (tmp_path / "log").read_text()
     ours = json.loads((moved / "results.json").read_text())["epochs"]
     assert ours == tiny_run[1]["epochs"]
     assert read_yaml(moved / "hyperparams.yaml")["data_folder"] == str(data)
