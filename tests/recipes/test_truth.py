@@ -8,6 +8,9 @@ import shutil
 import stat
 import subprocess
 import sys
+import threading
+import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ from psla_sb.experiment.hparams import CommandLine, read_settings
 from psla_sb.experiment.identity import MAY_CHANGE
 from psla_sb.experiment.schedules import WarmupDecayScheduler
 from psla_sb.experiment.train import main
+from psla_sb.labels.enhancement import warn_of_classes_without_clips
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import best_f1
@@ -283,6 +287,59 @@ def test_the_example_is_of_the_runs_device_and_modules(tiny_run, mini_data, tmp_
     ((source, kwargs),) = opened
     assert kwargs == {"run_opts": {"device": "cpu"}}
     assert source.built["embedding_model"] is not None
+
+
+FETCH = """
+import sys
+import torch
+from psla_sb.lobes import efficientnet
+folder, url = sys.argv[1:]
+torch.hub.set_dir(folder)
+efficientnet.URLS["imagenet"] = {"efficientnet-b0": url}
+efficientnet.EfficientNetEncoder("b0", pretrained="imagenet")
+"""
+
+
+def test_processes_that_start_together_fetch_weights_once(tmp_path):
+    from efficientnet_pytorch import EfficientNet
+
+    (tmp_path / "www").mkdir()
+    torch.save(EfficientNet.from_name("efficientnet-b0").state_dict(), tmp_path / "www" / "b0.pth")
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "www")
+
+        def do_GET(self):
+            asked.append(self.path)
+            time.sleep(1)
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        argv = [sys.executable, "-c", FETCH, str(tmp_path / "hub"), f"http://127.0.0.1:{server.server_port}/b0.pth"]
+        processes = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        said = [process.communicate(timeout=120)[1] for process in processes]
+        server.shutdown()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert asked == ["/b0.pth"]
+
+
+def test_help_is_of_the_script(capsys):
+    with pytest.raises(SystemExit) as ended:
+        aggregate.main(str(TRAIN), ["--help"])
+    assert ended.value.code == 0
+    assert "Trains" not in capsys.readouterr().out
+
+
+def test_a_few_classes_are_named_and_others_counted(caplog):
+    vocabulary = Vocabulary([f"/m/{i}" for i in range(527)], [f"a name of a class, {i}" for i in range(527)])
+    with caplog.at_level("WARNING"):
+        warn_of_classes_without_clips(LabelSets.from_lists([[0]]), vocabulary)
+    assert "526 classes are on no clip" in caplog.text
+    assert "and 521 others" in caplog.text
+    assert len(caplog.text) < 500
 
 
 def test_files_have_the_modes_that_the_umask_gives(mini_data, tmp_path):
