@@ -42,7 +42,7 @@ MAY_CHANGE = {
     *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips", "teacher_scores"),
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
     *("num_workers", "valid_batch_size"),
-    *("number_of_epochs", "epoch_counter", "average_start", "published"),
+    *("number_of_epochs", "epoch_counter", "average_start", "published", "published_with"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),
 }

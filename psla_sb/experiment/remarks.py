@@ -60,6 +60,9 @@ def why_not_published(
     written = read_yaml(file)
     free = (MAY_CHANGE - OF_A_SETTING) | {"seed"}
     changed = [key for key, value in overrides.items() if key not in free and written.get(key) != value]
+    # a file that was edited, and kept the figures
+    now, published = {**written, **overrides}, written.get("published_with") or {}
+    changed += [key for key, value in published.items() if key not in changed and now.get(key) != value]
     changed += [option for option in OPTIONS if option in run_opts.overridden_args]
     if changed:
         return f"{', '.join(changed)} differ{'s' * (len(changed) == 1)} from the published setting"

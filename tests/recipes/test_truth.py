@@ -219,6 +219,9 @@ def test_published_figures_stand_beside_the_published_setting_alone(tmp_path):
     assert why("--data_folder=/data", "--output_folder=x", "--seed=3", "--num_workers=2", "--device=cpu", "--n_heads=4") is None
     assert why("--variant=b0") == "variant differs from the published setting"
     assert why("--number_of_epochs=3", "--debug") == "number_of_epochs, debug differ from the published setting"
+    edited = tmp_path / "psla.yaml"
+    edited.write_text(file.read_text().replace("\nvariant: b2", "\nvariant: b0").replace("\nlr: 1.0e-4", "\nlr: 0.001"))
+    assert remarks.why_not_published(edited, {}, run_opts, sets) == "variant, lr differ from the published setting"
     (tmp_path / "train_official.csv").write_text("mid,clips\n/m/1,2000000\n")
     assert why() == "train_annotation has 90 of the published set's 2000000 labels"
     assert remarks.why_not_published(file, {}, run_opts, sets, epochs_to_go=2) == "2 epochs are not trained yet"
