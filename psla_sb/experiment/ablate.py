@@ -26,6 +26,7 @@ from psla_sb.experiment.differences import data_set_of, read_evaluation, write_r
 from psla_sb.experiment.evaluation import ROWS
 from psla_sb.experiment.hparams import REQUIRED_KEYS, CommandLine, check_keys, resolve
 from psla_sb.experiment.jobs import LOG, RECORD, Job, Listener, cores_of_each, last_line, run_jobs
+from psla_sb.experiment.pace import duration_text
 from psla_sb.experiment.variants import TECHNIQUES, Variant, chosen, key_and_values, techniques_in_use, variants_of
 
 DESCRIPTION = """Says what each technique of a recipe gives. Trains the recipe as it is (full), without each of its techniques (no
@@ -280,10 +281,10 @@ class Progress(Listener):
         self.seconds.append(seconds)
         self.bar.update()
         left = self.n_jobs - len(self.seconds)
-        eta = f"; {left} to go, about {duration(sum(self.seconds) / len(self.seconds) * left / self.n_slots)}" if left else ""
+        eta = f"; {left} to go, about {duration_text(sum(self.seconds) / len(self.seconds) * left / self.n_slots)}" if left else ""
         evaluation = read_evaluation(job.folder) if status == 0 else None
         if evaluation is not None:
-            self.say(f"[{len(self.seconds)}/{self.n_jobs}] {job.title}: done in {duration(seconds)}{eta}")
+            self.say(f"[{len(self.seconds)}/{self.n_jobs}] {job.title}: done in {duration_text(seconds)}{eta}")
             return
         why = "another process is at work in its folder" if status is None else f"exit status {status}: {last_line(job.folder)}"
         word = "interrupted" if status == launch.EXIT_INTERRUPTED else "failed"
@@ -293,19 +294,6 @@ class Progress(Listener):
     def close(self) -> None:
         """Removes the bar."""
         self.bar.close()
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it.
-
-    Example
-    -------
-    >>> duration(42.4), duration(330), duration(9000), duration(400000)
-    ('42 s', '6 min', '2.5 h', '111.1 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def report(folder: Path, variants: Sequence[Variant], options: Namespace, settings: Mapping[str, Any], data_set: str) -> None:
