@@ -1,5 +1,8 @@
 """Features against torchaudio's per-clip Kaldi code, and against figures of the published PSLA code."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchaudio.compliance.kaldi import fbank
 
-from psla_sb.lobes.features import GlobalNorm, KaldiFbank, full_float32, n_frames_of, n_samples_for, remove_mean, true_lengths
+from psla_sb.lobes.features import (
+    GlobalNorm,
+    KaldiFbank,
+    _float32_matmul,
+    full_float32,
+    n_frames_of,
+    n_samples_for,
+    remove_mean,
+    true_lengths,
+)
 
 # [::37, ::5] of the published code's features of published_clip(0) and (1), of these its rows 0, 2, 4, 8 and columns 0, 11, 25
 PUBLISHED = [
@@ -196,3 +208,30 @@ def test_bad_arguments(arguments):
 def test_waveform_without_batch():
     with pytest.raises(ValueError, match=r"\[batch, samples\]"):
         KaldiFbank()(torch.zeros(800))
+
+
+def test_tf32_is_off_while_any_thread_needs_it_off():
+    device, before, wrong = torch.device("cuda"), torch.backends.cuda.matmul.allow_tf32, []
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+    def work(seed):
+        pauses = np.random.default_rng(seed).uniform(0, 1e-4, 100)
+        for pause in pauses:
+            with full_float32(device):
+                time.sleep(pause)
+                wrong.extend([seed] * torch.backends.cuda.matmul.allow_tf32)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_the_operator_of_products_is_known_to_autograd_and_the_compiler():
+    torch.library.opcheck(_float32_matmul, (torch.randn(5, 3, requires_grad=True), torch.randn(3, 4, requires_grad=True)))

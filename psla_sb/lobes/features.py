@@ -3,6 +3,7 @@
 Torchaudio's arithmetic in the same order: the logarithm of a nearly empty mel bin shows differences in rounding.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchaudio.compliance.kaldi import get_mel_banks
+
+from psla_sb.lobes.fused import have_kernels, windowed_frames
 
 FRAME_LENGTH_MS, FRAME_SHIFT_MS = 25.0, 10.0
 PREEMPHASIS, LOWEST_HZ = 0.97, 20.0
@@ -52,19 +55,76 @@ def remove_mean(wavs: Tensor, lengths: Tensor) -> Tensor:
 def full_float32(device: torch.device) -> Iterator[None]:
     """Makes products of float32 matrices be computed in float32 while it is open: no autocast, no TF32.
 
-    SpeechBrain switches TF32 on when it is imported; three digits are too few for features and for probabilities.
+    SpeechBrain switches TF32 on when it is imported; three digits are too few for features and for probabilities. TF32 stays off
+    while any thread is in here. The compiler does not keep the switch, nor does a backward pass: see `float32_matmul`.
     """
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
+        if device.type != "cuda" or torch.compiler.is_compiling():
             yield
             return
-        # the older of PyTorch's two switches: SpeechBrain uses it, and PyTorch refuses to run on a mixture
-        before = torch.backends.cuda.matmul.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = False
+        _without_tf32.enter()
         try:
             yield
         finally:
-            torch.backends.cuda.matmul.allow_tf32 = before
+            _without_tf32.leave()
+
+
+class _WithoutTF32:
+    """One switch for all threads: off from when the first one enters until the last one has left."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside, self.before = threading.Lock(), 0, False
+
+    # the older of PyTorch's two switches: SpeechBrain uses it, and PyTorch refuses to run on a mixture
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.before = torch.backends.cuda.matmul.allow_tf32
+                torch.backends.cuda.matmul.allow_tf32 = False
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.backends.cuda.matmul.allow_tf32 = self.before
+
+
+_without_tf32 = _WithoutTF32()
+
+
+# An operator of its own, into which the compiler does not look; its backward pass consists of the same operator.
+@torch.library.custom_op("psla_sb::float32_matmul", mutates_args=())
+def _float32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    with full_float32(a.device):
+        return a @ b
+
+
+@_float32_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _matmul_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    a, b = ctx.saved_tensors
+    of_a, of_b = ctx.needs_input_grad
+    return _float32_matmul(gradient, b.T) if of_a else None, _float32_matmul(a.T, gradient) if of_b else None
+
+
+_float32_matmul.register_autograd(_matmul_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def float32_matmul(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiplies `[..., k]` with `[k, n]`, both float32, in float32: eager, compiled, in threads and in the backward pass.
+
+    Example
+    -------
+    >>> float32_matmul(torch.ones(2, 3, 4), torch.ones(4, 5)).shape
+    torch.Size([2, 3, 5])
+    """
+    if not x.is_cuda:
+        return x @ matrix
+    return _float32_matmul(x.flatten(0, -2), matrix).unflatten(0, x.shape[:-1])
 
 
 class KaldiFbank(nn.Module):
@@ -114,17 +174,22 @@ class KaldiFbank(nn.Module):
         n_samples = n_samples_for(n_frames, self.sample_rate)
         wavs = F.pad(wavs, (0, n_samples - wavs.shape[1])) if wavs.shape[1] < n_samples else wavs[:, :n_samples]
         with full_float32(wavs.device):
-            # |<--- frame_length --->|           overlapping views; the subtraction makes a copy, which may be changed in place
-            # |shift|<--- frame_length --->|
-            frames = wavs.unfold(1, self.frame_length, self.frame_shift)
-            frames = frames - frames.mean(2, keepdim=True)
-            # in place, for speed; Kaldi's first sample, preceded by itself, does not matter: the window begins with a zero
-            frames[..., 1:] -= PREEMPHASIS * frames[..., :-1]
-            spectrum = torch.fft.rfft(frames.mul_(self.window), self.n_fft)
-            energies = (spectrum.real.square() + spectrum.imag.square()) @ self.mel_banks
+            spectrum = torch.fft.rfft(self._windowed_frames(wavs, n_frames), self.n_fft)
+            energies = float32_matmul(spectrum.real.square() + spectrum.imag.square(), self.mel_banks)
         past_end = torch.arange(n_frames, device=wavs.device) >= n_frames_of(lengths, self.sample_rate)[:, None]
         feats = energies.clamp(min=ENERGY_FLOOR).log().masked_fill(past_end[..., None], 0.0)
         return feats if self.n_frames is None else F.pad(feats, (0, 0, 0, self.n_frames - n_frames))
+
+    def _windowed_frames(self, wavs: Tensor, n_frames: int) -> Tensor:
+        if wavs.is_cuda and not wavs.requires_grad and have_kernels(wavs.device):
+            return windowed_frames(wavs, self.window, n_frames, self.frame_shift, PREEMPHASIS, self.n_fft)
+        # |<--- frame_length --->|           overlapping views; the subtraction makes a copy, which may be changed in place
+        # |shift|<--- frame_length --->|
+        frames = wavs.unfold(1, self.frame_length, self.frame_shift)
+        frames = frames - frames.mean(2, keepdim=True)
+        # in place, for speed; Kaldi's first sample, preceded by itself, does not matter: the window begins with a zero
+        frames[..., 1:] -= PREEMPHASIS * frames[..., :-1]
+        return frames.mul_(self.window)
 
 
 class GlobalNorm(nn.Module):

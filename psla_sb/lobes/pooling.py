@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psla_sb.lobes.features import full_float32
+from psla_sb.lobes.features import float32_matmul, full_float32
 
 
 def _convs(in_channels: int, n_classes: int, n_heads: int = 1) -> Any:
@@ -37,7 +37,9 @@ def _steps(feature_map: Tensor) -> Tensor:
 
 def _sigmoid_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
     # [batch, steps, channels] -> [batch, steps, classes]: a 1x1 convolution is a matrix product
-    return torch.sigmoid(F.linear(x, conv.weight.flatten(1), conv.bias))
+    weight, bias = conv.weight.flatten(1), conv.bias
+    # the CPU's own order of operations: what was computed there stays the same to the last bit
+    return torch.sigmoid(float32_matmul(x, weight.T) + bias if x.is_cuda and bias is not None else F.linear(x, weight, bias))
 
 
 class AttentionPooling(nn.Module):
@@ -69,11 +71,26 @@ class AttentionPooling(nn.Module):
         with full_float32(feature_map.device):
             x = _steps(feature_map)
             answer: Any = 0.0
-            for att, cla, weight in self._heads():
-                attention = _sigmoid_of(att, x).clamp(1e-7, 1 - 1e-7)
-                answer = answer + weight * ((attention * _sigmoid_of(cla, x)).sum(1) / attention.sum(1))
+            if x.is_cuda:
+                answer = self._heads_at_once(x)
+            else:
+                for att, cla, weight in self._heads():
+                    attention = _sigmoid_of(att, x).clamp(1e-7, 1 - 1e-7)
+                    answer = answer + weight * ((attention * _sigmoid_of(cla, x)).sum(1) / attention.sum(1))
         # head weights can push it a little out of [0, 1]; in training that is the loss's business, as in the published system
         return answer if self.training else answer.clamp(0.0, 1.0)
+
+    def _heads_at_once(self, x: Tensor) -> Tensor:
+        """Multiplies with all heads' weights at once, which a GPU does faster."""
+        heads = list(self._heads())
+        convs = [att for att, _, _ in heads] + [cla for _, cla, _ in heads]
+        biases: list[Any] = [conv.bias for conv in convs]
+        matrix, bias = torch.cat([conv.weight.flatten(1) for conv in convs]).T, torch.cat(biases)
+        # [batch, steps, 2, heads, classes]
+        attention, scores = torch.sigmoid(float32_matmul(x, matrix) + bias).unflatten(2, (2, len(heads), -1)).unbind(2)
+        attention = attention.clamp(1e-7, 1 - 1e-7)
+        answers = (attention * scores).sum(1) / attention.sum(1)
+        return answers[:, 0] if self.n_heads == 1 else (answers * self.head_weight[:, None]).sum(1)
 
     def segment_scores(self, feature_map: Tensor) -> Tensor:
         """Scores each step for timelines, `[batch, classes, steps]`: the heads' c weighted with `head_weight`, in [0, 1]."""
