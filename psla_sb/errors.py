@@ -1,4 +1,8 @@
-"""The one exception that means: the input is wrong, not the program."""
+"""The one exception that means: the input is wrong, not the program; and what becomes such an error."""
+
+from collections.abc import Callable
+
+import torch
 
 KEPT = 1000  # characters of a message, at either end
 
@@ -32,3 +36,27 @@ class Interrupted(BaseException):
     ...
     psla_sb.errors.Interrupted
     """
+
+
+def largest_that_fits(attempt: Callable[[int], object], below: int) -> int:
+    """Gives the largest of three quarters, nine sixteenths, ... of a number of clips that a GPU has memory for; 0 if there is none.
+
+    Example
+    -------
+    >>> def attempt(n_clips):
+    ...     if n_clips > 50:
+    ...         raise torch.OutOfMemoryError
+    >>> largest_that_fits(attempt, 100)
+    42
+    """
+    n_clips = below * 3 // 4
+    while n_clips:
+        try:
+            attempt(n_clips)
+            return n_clips
+        except torch.OutOfMemoryError:
+            pass
+        # outside of the handler, which keeps what was allocated
+        torch.cuda.empty_cache()
+        n_clips = n_clips * 3 // 4
+    return 0

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from psla_sb.checkpoints.sources import Source, open_source
 from psla_sb.dataio.bad_clips import check_audio, listed, state_of_bad_clips, state_of_sounds
+from psla_sb.dataio.batches import Reading
 from psla_sb.dataio.dataset import clip_loader
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
@@ -189,19 +190,30 @@ def _score_together(
     front_ends: dict[Hashable, list[AudioTagger]] = defaultdict(list)
     for tagger in taggers.values():
         front_ends[front_end(tagger)].append(tagger)
-    loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers, settings["crop"])
+    device = torch.device(next(iter(taggers.values())).device)
+    on_gpu = device.type == "cuda"
+    loader = clip_loader(manifest, sample_rate, n_samples, batches[done:], num_workers, settings["crop"], pin_memory=on_gpu)
+    computed: deque[tuple[torch.Tensor, Reading]] = deque()
+
+    def write(still_running: int = 0) -> None:
+        while len(computed) > still_running:
+            index, reading = computed.popleft()
+            for array, scores in zip(out.values(), reading.values(), strict=True):
+                array[index] = scores.numpy()
+
     said = time.monotonic()
     total, first = sum(map(len, batches)), sum(map(len, batches[:done]))
     with torch.inference_mode(), tqdm(total=total, initial=first, unit=" clips", disable=None if rank == 0 else True) as bar:
         for count, batch in enumerate(loader, done + 1):
             check(batch)
-            wavs, wav_lens = batch.to(next(iter(taggers.values())).device).sig
+            wavs, wav_lens = batch.to(device, non_blocking=True).sig
             scores: dict[AudioTagger, torch.Tensor] = {}
             for same in front_ends.values():
                 by_tagger = _scores_of(same, wavs, wav_lens)
                 scores |= dict(zip(same, by_tagger.unbind(1), strict=True))
-            for name, tagger in taggers.items():
-                out[name][batch.index] = scores[tagger].float().cpu().numpy()
+            computed.append((batch.index, Reading(*[scores[tagger].float() for tagger in taggers.values()])))
+            # of the batch before, while a GPU is at this one
+            write(int(on_gpu))
             bar.update(len(batch.index))
             if bar.disable and rank == 0 and time.monotonic() - said > HEARTBEAT:
                 said = time.monotonic()
@@ -209,8 +221,10 @@ def _score_together(
                     "Scoring with %d models: %d of %d clips of this process", len(taggers), sum(map(len, batches[:count])), total
                 )
             if count % BATCHES_AT_ONCE == 0:
+                write()
                 _flush(out, paths)
                 write_file(note, json.dumps({"batches": count, "bad_clips": listed(check)}))
+    write()
     _flush(out, paths)
     ddp_barrier()
 
@@ -239,11 +253,14 @@ def _flush(arrays: Mapping[str, np.memmap], paths: Mapping[str, Path]) -> None:
 
 def _has_room(taggers: Mapping[str, AudioTagger]) -> bool:
     """Whether one more model like these fits into half of a GPU's free memory; the rest is left to what they compute."""
-    if not taggers or next(iter(taggers.values())).device_type != "cuda":
+    device = torch.device(next(iter(taggers.values())).device) if taggers else None
+    if device is None or device.type != "cuda":
         return True
     # twice: a tagger computes with a copy of its weights
     sizes = [2 * sum(tensor.nbytes for tensor in tagger.mods.state_dict().values()) for tagger in taggers.values()]
-    return sum(sizes) + max(sizes) <= (torch.cuda.mem_get_info()[0] + sum(sizes) // 2) // 2
+    # what an earlier pass had, and PyTorch keeps, is free as well
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return sum(sizes) + max(sizes) <= (torch.cuda.mem_get_info(device)[0] + kept + sum(sizes) // 2) // 2
 
 
 def front_end(tagger: AudioTagger) -> Hashable:

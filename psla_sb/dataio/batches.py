@@ -1,4 +1,4 @@
-"""Batches of clips on their way from a loader's worker processes to the device, in memory that the workers use again."""
+"""Batches of clips on their way from worker processes to the device, in memory that is used again, and what comes back from it."""
 
 import os
 import weakref
@@ -66,6 +66,19 @@ class ClipBatch(PaddedBatch):
         # relative lengths in float32 are not exact for clips of minutes
         self.mean, self.n_samples = self.mean.float(), torch.tensor([len(item["samples"]) for item in items])
 
+    def pin_memory(self) -> "ClipBatch":
+        """Moves what goes to the device into pinned memory."""
+        super().pin_memory()
+        self.mean, self.n_samples = self.mean.pin_memory(), self.n_samples.pin_memory()
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> "ClipBatch":
+        """Moves or casts what goes to the device, as SpeechBrain's batch does."""
+        super().to(*args, **kwargs)
+        device = self.samples.data.device
+        self.mean, self.n_samples = (one.to(device, non_blocking=True) for one in (self.mean, self.n_samples))
+        return self
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # the receiver's side: pickle calls it, and once only for what was lent
         self.__dict__.update(state)
@@ -78,7 +91,7 @@ class ClipBatch(PaddedBatch):
         samples, lens = self.samples
         if samples.dtype != torch.int16:
             return self.samples
-        n_samples = self.n_samples.to(samples.device)[:, None]
+        n_samples = self.n_samples[:, None]
         past_end = torch.arange(samples.shape[1], device=samples.device) >= n_samples
         return PaddedData(centred(samples, self.mean[:, None], n_samples).masked_fill_(past_end, 0.0), lens)
 
@@ -116,3 +129,27 @@ def _give_back(mark: np.ndarray, borrower: int) -> None:
     # it is not for a process that was forked off to say
     if os.getpid() == borrower:
         mark[0] = 0
+
+
+class Reading:
+    """Takes tensors to the CPU; `values` waits for these alone, not for what the device has been given to do since.
+
+    Example
+    -------
+    >>> Reading(torch.ones(2), torch.tensor(True)).values()
+    [tensor([1., 1.]), tensor(True)]
+    """
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        # into pinned memory, which the device itself writes
+        self._tensors = [tensor.detach().to("cpu", non_blocking=True) for tensor in tensors]
+        self._event = None
+        if any(tensor.is_cuda for tensor in tensors):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def values(self) -> list[torch.Tensor]:
+        """Gives the tensors on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors

@@ -130,7 +130,13 @@ class TaggingDataset(DynamicItemDataset):
 
 
 def clip_loader(
-    manifest: Manifest, sample_rate: int, n_samples: int | None, batches: Iterable[Any], num_workers: int = 0, crop: str = "first"
+    manifest: Manifest,
+    sample_rate: int,
+    n_samples: int | None,
+    batches: Iterable[Any],
+    num_workers: int = 0,
+    crop: str = "first",
+    pin_memory: bool = False,
 ) -> DataLoader:
     """Makes a loader that gives a `ClipBatch` of clips, without their labels, for each sequence of rows in `batches`.
 
@@ -138,7 +144,8 @@ def clip_loader(
     """
     unlabelled = LabelSets(np.zeros(len(manifest) + 1, np.int64), np.zeros(0, np.int32))
     clips = TaggingDataset(manifest, unlabelled, 1, sample_rate, n_samples, crop=crop, compact=True)
-    return DataLoader(clips, batch_sampler=batches, collate_fn=ClipBatch, num_workers=num_workers, worker_init_fn=init_worker)
+    options: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": init_worker, "pin_memory": pin_memory}
+    return DataLoader(clips, batch_sampler=batches, collate_fn=ClipBatch, **options)
 
 
 class ShortClips(Dataset):

@@ -1,6 +1,6 @@
 """Waveforms -> what a trained encoder makes of them: feature maps, one vector a clip, vectors along the time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from speechbrain.inference.interfaces import Pretrained
+from speechbrain.utils.autocast import AMPConfig
+from speechbrain.utils.distributed import infer_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from psla_sb.checkpoints.weights import move_statistics
 from psla_sb.dataio.audio import NOT_FINITE, Opened, check_scale, named, opened, read_blocks
 from psla_sb.dataio.windows import covering, overlapped, windows
-from psla_sb.errors import InputError
+from psla_sb.errors import InputError, largest_that_fits
 from psla_sb.lobes import chain
-from psla_sb.lobes.efficientnet import EfficientNetEncoder, fold_norms
+from psla_sb.lobes.compiled import Recorded
+from psla_sb.lobes.efficientnet import EfficientNetEncoder, cast_convolutions, fold_norms
 from psla_sb.lobes.features import KaldiFbank, frame_length_and_shift, n_frames_of, true_lengths
+from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
 
 # That a CPU encodes at a time. With more, activations pass the 32 MB up to which glibc keeps freed memory for the next layer, and
 # asking the system for fresh pages takes a third of the time.
@@ -25,6 +29,9 @@ CPU_FRAMES = 2112
 WINDOW = 10.0  # seconds
 # What has no more columns, and no fewer rows, is taken for a waveform the wrong way round.
 MOST_CHANNELS, LEAST_SAMPLES = 8, 256
+
+# what has faster forms
+FASTER = (EfficientNetEncoder, AttentionPooling, MeanPooling)
 
 FeaturesAndLens = tuple[Tensor, Tensor | None]  # [batch, frames, mels]; relative lengths, [batch]
 FeatureMap = Tensor | tuple[Tensor, ...]  # [batch, channels, freq, steps] or [batch, channels, steps]; an ensemble gives several
@@ -39,12 +46,23 @@ class SoundEncoder(Pretrained):
 
     MODULES_NEEDED: tuple[str, ...] = ("compute_features", "mean_var_norm", "embedding_model")
     HPARAMS_NEEDED: tuple[str, ...] = ("sample_rate",)
-    device: str
-    _folded: tuple[Any, Any] = (None, None)
+    # by name of a module: its state, and its faster form; replaced, never changed
+    _faster: dict[str, tuple[Any, Any]] = {}  # noqa: RUF012
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         move_statistics(self.mods, self.device)
+
+    @property
+    def device(self) -> str:
+        """Says where the modules are, of several GPUs on which."""
+        return self._device
+
+    @device.setter
+    def device(self, device: str | None) -> None:
+        # SpeechBrain, which sets it at first, complains of one that does not say which
+        device = infer_device() if device is None else device
+        self._device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         moved = super()._apply(*args, **kwargs)
@@ -107,7 +125,17 @@ class SoundEncoder(Pretrained):
 
     def encode_features(self, feats: Tensor, lens: Tensor | None = None) -> FeatureMap:
         """Computes the feature maps of normalised features `[batch, frames, mels]` on the encoder's device."""
-        encoder = self._fast_encoder()
+        try:
+            return self._encoded(feats, lens)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        torch.cuda.empty_cache()
+        fits = largest_that_fits(lambda n: self._encoded(feats[:n], None if lens is None else lens[:n]), len(feats))
+        advice = f"{fits} fit, give a smaller batch_size" if fits else "not even one fits"
+        raise InputError(f"{self.device} has too little memory for {len(feats)} clips at a time: {advice} ({reason})")
+
+    def _encoded(self, feats: Tensor, lens: Tensor | None) -> FeatureMap:
+        encoder = self._fast("embedding_model", self._fast_encoder)
         at_a_time = max(1, CPU_FRAMES // feats.shape[1]) if feats.device.type == "cpu" else len(feats)
         parts = feats.split(at_a_time)
         lens_of_parts = [None] * len(parts) if lens is None else lens.split(at_a_time)
@@ -117,22 +145,33 @@ class SoundEncoder(Pretrained):
                 return maps[0]
             return tuple(map(torch.cat, zip(*maps, strict=True))) if isinstance(maps[0], tuple) else torch.cat(maps)
 
-    def _fast_encoder(self) -> nn.Module:
-        """Folds batch normalisations into convolutions in a copy of the encoder, made anew when the weights have changed.
+    def _fast(self, name: str, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """Gives a faster form of one of the modules, made anew when its weights have changed.
 
-        `mods.embedding_model` keeps the weights as they were trained.
+        `mods` keeps the weights as they were trained.
         """
-        encoder = self.mods.embedding_model
-        if encoder.training or not any(isinstance(part, EfficientNetEncoder) for part in encoder.modules()):
-            return encoder
+        module = self.mods[name]
+        if module.training or not any(isinstance(part, FASTER) for part in module.modules()):
+            return module
         # a write in place raises a tensor's version, a new tensor has another address; tensors of inference mode have no version
-        tensors = [*encoder.parameters(), *encoder.buffers()]
+        tensors = [*module.parameters(), *module.buffers()]
         state = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
-        if self._folded[0] != state:
+        if self._faster.get(name, (None, None))[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 # in a tuple, so that it is no part of the module
-                self._folded = state, fold_norms(encoder)
-        return self._folded[1]
+                self._faster = {**self._faster, name: (state, make(module))}
+        return self._faster[name][1]
+
+    def _fast_encoder(self, encoder: nn.Module) -> nn.Module:
+        """On a CPU with batch normalisations in the convolutions; a GPU is faster with the network as it is, recorded."""
+        if self.device_type != "cuda":
+            return fold_norms(encoder)
+        dtype = AMPConfig.from_name(self.precision).dtype
+        encoder = encoder if dtype == torch.float32 else cast_convolutions(encoder, dtype)
+        return Recorded(encoder) if isinstance(encoder, EfficientNetEncoder) else encoder
+
+    def _fast_classifier(self, classifier: nn.Module) -> nn.Module:
+        return Recorded(classifier) if self.device_type == "cuda" and isinstance(classifier, FASTER) else classifier
 
     def encode_batch(self, wavs: Tensor, wav_lens: Tensor | None = None, normalize: bool = False) -> FeatureMap:
         """Computes feature maps as SpeechBrain's `EncoderClassifier.encode_batch` does, but padding is told from silence.

@@ -169,7 +169,8 @@ class AudioTagger(SoundEncoder):
         """Scores normalised features `[batch, frames, mels]` on the tagger's device: `[batch, classes]`, in [0, 1]."""
         feature_map = self.encode_features(feats, lens)
         with torch.inference_mode(), self.inference_ctx, taking(self.mods.classifier, feats):
-            return chain.classify(self.mods, feature_map, lens).clamp(0.0, 1.0)
+            classifier = self._fast("classifier", self._fast_classifier)
+            return chain.classify({"classifier": classifier}, feature_map, lens).clamp(0.0, 1.0)
 
     def tag_file(
         self, source: Any, top_k: int = 5, threshold: float | None = None, pool: str = "max", sample_rate: int | None = None
