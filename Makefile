@@ -1,12 +1,13 @@
 # `make demo` trains a tagger on the embedded data set and tags a file with it; `make test` runs all tests;
-# `make test-slow` runs those that take minutes; `make test-browser` runs those of the demo page, in Chromium.
+# `make test-slow` runs those that take minutes; `make test-gpu` those on a GPU; `make test-browser` those of the demo page, in
+# Chromium.
 # All set up .venv first, once.
 
 PYTHON ?= python3
 BIN := .venv/bin
 ROOT := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: demo test test-slow test-browser lint
+.PHONY: demo test test-slow test-gpu test-browser lint
 
 demo: .venv/installed
 	$(BIN)/python recipes/AudioSet/train.py hparams/mini.yaml
@@ -17,6 +18,9 @@ test: lint
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+
+test-gpu: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda tests/test_gpu.py
 
 test-browser: .venv/installed
 	@command -v chromium || { command -v apt-get > /dev/null && $(ROOT) apt-get update -q && \

@@ -31,7 +31,8 @@ SERVER.set_forkserver_preload(["psla_sb.experiment.train", "psla_sb.plots.traini
 
 def command(script, *arguments, **overrides):
     """The command line of a recipe's script, with the tiny settings, and with overrides of those."""
-    return [sys.executable, str(script), *arguments, *(f"--{key}={value}" for key, value in {**TINY, **overrides}.items())]
+    settings = {"device": "cpu", **TINY, **overrides}
+    return [sys.executable, str(script), *arguments, *(f"--{key}={value}" for key, value in settings.items())]
 
 
 def run(argv, check=True, **kwargs):
@@ -87,7 +88,9 @@ def start(argv, log, env=None, at=None):
     Its output is appended to the file `log`. `at` is (event, "module:function", n): at the n-th call of the function the process
     gets the signal `event`, or from then on can write no file of more than 10 kB ("disk full").
     """
-    process = SERVER.Process(target=_main, args=(argv, log, env or {}, at))
+    # a process that a GPU's was forked off cannot use the GPU
+    context = SERVER if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else multiprocessing.get_context("spawn")
+    process = context.Process(target=_main, args=(argv, log, env or {}, at))
     process.start()
     return process
 

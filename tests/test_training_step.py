@@ -2,6 +2,7 @@
 
 import math
 import signal
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from psla_sb.errors import InputError
 from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.experiment.schedules import WarmupDecayScheduler
+from psla_sb.lobes import chain
 from psla_sb.lobes.augment import SpecAugment, WaveformMixup
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank
@@ -166,3 +168,158 @@ def test_evaluation_is_not_random(make_brain):
     torch.rand(5)
     second, _ = brain.compute_forward(batch(), Stage.VALID)
     assert torch.equal(first, second)
+
+
+def test_steps_that_are_looked_at_later_are_the_same(make_brain):
+    """As on a GPU, where the program is a step ahead."""
+    at_once, later = make_brain(), make_brain()
+    later.most_behind = 1
+    for brain in (at_once, later):
+        brain.avg_train_loss = 0.0
+        step(brain, *[batch(seed=i) for i in range(4)])
+    assert later.avg_train_loss != at_once.avg_train_loss
+    later.look_at_steps()
+    assert later.avg_train_loss == at_once.avg_train_loss > 0
+    assert all(torch.equal(value, state(later)[key]) for key, value in state(at_once).items())
+
+
+def test_a_loss_that_is_looked_at_later_is_that_of_its_batch(make_brain, tmp_path):
+    brain = make_brain(nonfinite_patience=2)
+    brain.most_behind = 1
+    poison = batch()
+    poison.sig[0][:] = math.nan
+    before = state(brain)
+    step(brain, poison, poison, poison)
+    assert all(torch.equal(before[key], value) for key, value in state(brain).items() if "num_batches" not in key)
+    with pytest.raises(InputError, match=r"nonfinite_batches\.csv"):
+        step(brain, batch())
+    lines = (tmp_path / "nonfinite_batches.csv").read_text().splitlines()
+    assert [line.rpartition(",")[0] for line in lines[::4]] == ["0,1", "1,2", "2,3"]
+
+
+def test_the_end_of_an_epoch_looks_at_all_steps(make_brain):
+    brain = make_brain()
+    brain.most_behind, brain.avg_train_loss = 1, 0.0
+    brain.pace = SimpleNamespace(end=lambda step: None, clips=0)
+    brain.heartbeat = lambda: None
+    step(brain, batch(), batch(seed=1))
+    brain.on_stage_end(Stage.TRAIN, brain.avg_train_loss, 1)
+    assert not brain._steps
+    assert brain.train_figures["train_loss"] == brain.avg_train_loss > 0
+
+
+def test_a_batch_too_large_for_the_memory_is_told_which_fits(make_brain, monkeypatch):
+    brain = make_brain()
+    brain.hparams.batch_size, before = 100, state(brain)
+    probabilities = chain.probabilities
+
+    def small_memory(modules, wavs, *args, **kwargs):
+        if len(wavs) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+        return probabilities(modules, wavs, *args, **kwargs)
+
+    monkeypatch.setattr(chain, "probabilities", small_memory)
+    large = batch(n_clips=100)
+    large.partner, large.target = [0] * 100, SimpleNamespace(data=torch.zeros(100, 3))
+    # three quarters of 100, again and again, are 75, 56, 42, 31, 23, 17; a tenth is left
+    with pytest.raises(InputError, match=r"cpu has too little memory for batch_size=100: --batch_size=15 fits.*out of memory\)"):
+        step(brain, large)
+    assert all(torch.equal(before[key], value) for key, value in state(brain).items() if "_bn" not in key)
+    brain.hparams.valid_batch_size = 100
+    brain.modules.eval()
+    with pytest.raises(InputError, match=r"valid_batch_size=100: --valid_batch_size=15 fits \("):
+        brain.evaluate_batch(large, Stage.VALID)
+    monkeypatch.setattr(chain, "probabilities", lambda *args, **kwargs: small_memory(None, range(99)))
+    with pytest.raises(InputError, match="not even a clip of 160000 samples fits"):
+        step(brain, large)
+
+
+def test_flags_of_several_processes_are_known_later(make_brain, monkeypatch):
+    brain = make_brain()
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags, op: flags[1:].fill_(1.0))
+    assert brain.anywhere(True, False) == [True, False]
+    brain.distributed_launch = True
+    assert brain.anywhere(False, False) == [False, True]
+    brain.most_behind = 1
+    assert brain.anywhere(True, False) == [False, False]
+    assert brain.anywhere(False, False) == [True, True]
+    # at the end of an epoch it has to be known
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flags, op: None)
+    assert brain._any_rank(True) is True
+    assert brain._any_rank(False) is False
+
+
+def test_only_batches_of_the_usual_size_are_compiled(make_brain, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    brain, eager = make_brain(), make_brain()
+    brain.hparams.compile_model, brain.hparams.batch_size = "yes", 2
+    with pytest.raises(InputError, match="compile_model must be True, False or auto, not 'yes'"):
+        brain._compile()
+    brain.hparams.compile_model = True
+    brain._compile()
+    for one in (eager, brain):
+        step(one, batch(), batch(seed=1))
+    n = len(compiled)
+    assert n >= 1
+    short = batch(n_clips=5, seed=2)
+    short.partner = [0, 0, 0, 1, 1]
+    for one in (eager, brain):
+        step(one, short, batch(seed=3))
+        one.scores(batch().sig[0], batch().sig[1])
+    assert len(compiled) == n
+    one, other = (each.hparams.modules["embedding_model"].state_dict() for each in (eager, brain))
+    assert list(one) == list(other)
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_an_encoder_that_cannot_be_compiled(make_brain, monkeypatch, caplog):
+    def backend(graph, inputs):
+        raise RuntimeError("no C compiler here")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    brain = make_brain()
+    brain.hparams.compile_model, brain.hparams.batch_size = True, 2
+    brain._compile()
+    with pytest.raises(InputError, match=r"(?s)EfficientNetEncoder cannot be compiled: .*no C compiler here.* Set compile"):
+        step(brain, batch())
+    brain = make_brain()
+    brain.hparams.compile_model, brain.hparams.batch_size = "auto", 2
+    brain._compiling_pays = lambda: True
+    brain._compile()
+    step(brain, batch())
+    assert "no C compiler here" in caplog.text
+    assert "Training goes on without" in caplog.text
+
+
+def test_short_runs_and_cpus_are_not_compiled(make_brain):
+    brain = make_brain()
+    brain.hparams.epoch_counter = SimpleNamespace(limit=30)
+    brain.n_steps, brain.hparams.n_frames = 20_000, 98
+    assert brain.total_steps == 600_000
+    assert not brain._compiling_pays()
+    brain.device_type = "cuda"
+    assert not brain._compiling_pays(), "clips of all lengths"
+    brain.hparams.modules["compute_features"].n_frames = 98
+    assert brain._compiling_pays()
+    brain.n_steps = 60
+    assert not brain._compiling_pays()
+
+
+@pytest.mark.parametrize("saved", [{"fused": None, "foreach": None}, {"fused": True}])
+def test_an_optimizers_state_is_no_matter_of_the_device(make_brain, saved):
+    """A checkpoint of a GPU has the fused form, which a CPU's does not."""
+    brain = make_brain()
+    brain.opt_class = partial(torch.optim.Adam, lr=0.01)
+    brain.init_optimizers()
+    step(brain, batch())
+    checkpoint = brain.optimizer.state_dict()
+    checkpoint["param_groups"][0].update(saved)
+    brain.optimizer.load_state_dict(checkpoint)
+    assert brain.optimizer.param_groups[0]["fused"] is None
+    step(brain, batch())

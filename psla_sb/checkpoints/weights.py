@@ -1,5 +1,6 @@
 """Weights of modules as state dicts and as safetensors files: whole, and read without running code."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -65,28 +66,41 @@ def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
     ]
 
 
-def remember_statistics(module: nn.Module) -> Callable[[], None]:
-    """Remembers what a forward pass in training changes; returns what puts it back.
+def remember_statistics(module: nn.Module) -> Callable[[torch.Tensor], None]:
+    """Remembers what a forward pass in training changes; returns what puts it back unless it is told that all was finite.
+
+    That is a tensor `[]`, bool, on the device of the module, which does not wait for it.
 
     Example
     -------
     >>> norm = nn.BatchNorm1d(1)
-    >>> put_back = remember_statistics(norm)
+    >>> put_back_unless = remember_statistics(norm)
     >>> _ = norm(torch.ones(2, 1))
-    >>> put_back()
+    >>> put_back_unless(torch.tensor(False))
     >>> norm.running_mean
     tensor([0.])
     """
-    buffers = persistent_buffers(module)
-    before, counted = [buffer.clone() for buffer in buffers], [(part, part._statistics_dict()) for _, part in _normalisers(module)]
+    alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = defaultdict(list)
+    for buffer in persistent_buffers(module):
+        alike[buffer.device, buffer.dtype].append(buffer)
+    # few large copies, not hundreds of small ones
+    before = {key: _joined(buffers) for key, buffers in alike.items()}
+    counted = [(part, part._statistics_dict()) for _, part in _normalisers(module)]
 
-    def put_back() -> None:
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
+    def put_back_unless(finite: torch.Tensor) -> None:
+        if (finite.device.type == "cpu" or counted) and finite:
+            return
+        for key, buffers in alike.items():
+            kept = torch.where(finite.to(key[0]), _joined(buffers), before[key]).split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [one.view_as(buffer) for one, buffer in zip(kept, buffers, strict=True)])
         for part, statistics in counted:
             part._load_statistics_dict(statistics)
 
-    return put_back
+    return put_back_unless
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def trained_modules(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

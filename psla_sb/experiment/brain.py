@@ -6,8 +6,8 @@ import logging
 import resource
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +17,18 @@ from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.logger import get_logger
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, sounds_path, write_results, write_scores
-from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, remember_statistics, save_weights, trained_modules
-from psla_sb.dataio.bad_clips import audio_check, check_audio, csv_line, state_of_bad_clips
-from psla_sb.dataio.batches import ClipBatch
+from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, save_weights, trained_modules
+from psla_sb.dataio.bad_clips import audio_check, check_audio, state_of_bad_clips
+from psla_sb.dataio.batches import ClipBatch, Reading
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError, Interrupted
+from psla_sb.experiment.device import DeviceBrain
 from psla_sb.experiment.pace import Pace, duration_text
 from psla_sb.experiment.trackers import go_on, log_epoch
-from psla_sb.files import append, write_file
+from psla_sb.files import write_file
 from psla_sb.lobes import chain
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
@@ -41,6 +40,11 @@ EPSILON = 1e-7
 def as_list(value: Any) -> list[Any]:
     """One, several or none (None), as YAML files may say."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def n_partners_of(batch: PaddedBatch) -> int:
+    """How many clips of a batch, its last ones, are there to be mixed into others."""
+    return int(torch.as_tensor(batch.partner).sum())
 
 
 def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
 
 
-class TaggingBrain(sb.Brain):
+class TaggingBrain(DeviceBrain):
     """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
 
     Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `waveform_augment`
@@ -66,7 +70,6 @@ class TaggingBrain(sb.Brain):
     * Before each batch all random generators are reseeded from (seed, optimizer step, step, rank): a resumed run goes on exactly.
     * Validation scores all clips, sharded over the ranks, and computes its figures from the collected scores. It writes the scores
       and the epoch's weights, and reports the ensemble of all epochs so far.
-    * A gradient that is not finite never reaches the weights.
     * After `request_stop` the run saves at the end of the step (of the accumulation, of a validation) and raises `Interrupted`.
 
     Example
@@ -88,8 +91,8 @@ class TaggingBrain(sb.Brain):
 
     stop_requested = False
     pace: Any = None  # a Pace, once an epoch has begun
+    _scored: deque[tuple[Tensor, Reading]]
     valid_manifest: Manifest | None = None
-    n_steps: int | None = None  # of an epoch
     # by stage; replaced, never changed
     audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
     n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
@@ -107,14 +110,14 @@ class TaggingBrain(sb.Brain):
 
         If clips have the scores of a teacher, these follow the targets as further columns, and are mixed as they are.
         """
-        batch = batch.to(self.device)
+        batch = self.on_device(batch)
         wavs, wav_lens = batch.sig
         targets = batch.target.data
         if hasattr(batch, "teacher"):
             targets = torch.cat([targets, batch.teacher.data], dim=1)
         if stage != sb.Stage.TRAIN:
             return self.scores(wavs, wav_lens), targets
-        wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, sum(batch.partner))
+        wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, n_partners_of(batch))
         return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment, self.n_samples), targets
 
     def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,12 +143,6 @@ class TaggingBrain(sb.Brain):
         """Takes probabilities and targets `[batch, classes]`."""
         return getattr(self.hparams, "loss", None) or binary_cross_entropy
 
-    @property
-    def n_samples(self) -> int | None:
-        """What the model takes of a clip; None if all of it."""
-        n_frames, rate = getattr(self.hparams, "n_frames", None), getattr(self.hparams, "sample_rate", 16000)
-        return chain.n_samples_of(self.hparams.modules, n_frames, rate)
-
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
 
@@ -154,27 +151,31 @@ class TaggingBrain(sb.Brain):
         """
         probabilities, targets = predictions
         if stage != sb.Stage.TRAIN:
-            self.stats.append(batch.index, probabilities.cpu().clamp(0.0, 1.0), targets.cpu())
+            self._scored.append((batch.index, Reading(probabilities.float().clamp(0.0, 1.0), targets)))
+            self.collect_scores(self.most_behind)
         with torch.autocast(self.device_type, enabled=False):
             p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
             loss, *distillation = (self.loss(p, t) for t in targets.split(p.shape[1], dim=1))
             return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
 
+    def collect_scores(self, still_running: int = 0) -> None:
+        """Takes up the scores of batches; the last `still_running` may not be there."""
+        while len(self._scored) > still_running:
+            index, reading = self._scored.popleft()
+            self.stats.append(index, *reading.values())
+
     def on_fit_batch_start(self, batch: PaddedBatch, should_step: bool) -> None:
         """Looks for broken sound files, reseeds, and sets the learning rate of this step."""
         self.audio_checks.get(sb.Stage.TRAIN, check_audio)(batch)
-        self.batch_ids = batch.id
         if self.pace is None:
             self.pace = Pace(self.step - 1)
-        self.pace.clips += len(batch.id) - int(sum(batch.partner))
+        self.pace.clips += len(batch.id) - n_partners_of(batch)
         self.heartbeat()
         rank, _ = rank_and_world_size()
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
         np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
         self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
-        if (self.step - 1) % self.grad_accumulation_factor == 0:
-            self.put_statistics_back = remember_statistics(self.modules)
 
     def heartbeat(self) -> None:
         """Says every few minutes how far the epoch is, where no progress bar does."""
@@ -187,41 +188,21 @@ class TaggingBrain(sb.Brain):
                 *(self.hparams.epoch_counter.current, self.step, n_steps, rate, self.avg_train_loss, left),
             )
 
-    def check_loss_isfinite(self, loss: Tensor) -> None:
-        """As SpeechBrain's, but lists the clips of batches whose loss is not finite in `nonfinite_batches.csv`."""
-        if not torch.isfinite(loss):
-            file = Path(self.hparams.output_folder) / "nonfinite_batches.csv"
-            append(file, "".join(csv_line([self.optimizer_step, self.step, clip]) for clip in self.batch_ids))
-            if self.nonfinite_count >= self.nonfinite_patience:
-                raise InputError(
-                    f"the loss was not finite in more than nonfinite_patience={self.nonfinite_patience} batches of this epoch; "
-                    f"{file} lists their clips (optimizer step, step, ID). The weights are as they were before these batches. "
-                    "Look at these clips, or lower lr, in another output_folder."
-                )
-        super().check_loss_isfinite(loss)
-
-    def optimizers_step(self) -> None:
-        """SpeechBrain's step, left out when a gradient is not finite; batch-norm statistics are then put back as well."""
-        gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
-        finite = torch.isfinite(get_total_norm(gradients))
-        if finite or self.scaler.is_enabled():
-            # with a scaler (fp16) SpeechBrain leaves the step out itself
-            super().optimizers_step()
-        else:
-            logger.warning("A gradient is not finite: optimizer step %d is left out.", self.optimizer_step)
-            self.zero_grad(set_to_none=True)
-            self.optimizer_step += 1
-        if not finite:
-            self.put_statistics_back()
-
+    @torch.no_grad()
     def evaluate_batch(self, batch: PaddedBatch, stage: sb.Stage) -> Tensor:
-        """As SpeechBrain's, after a look for broken sound files."""
+        """As SpeechBrain's, after a look for broken sound files; the loss stays on the device."""
         self.audio_checks.get(stage, check_audio)(batch)
         if self.noprogressbar and if_main_process() and self.pace is not None and self.pace.is_due():
             logger.info(
                 "Epoch %d: validation, clip %d of %d", self.hparams.epoch_counter.current, max(batch.index), self.n_clips[stage]
             )
-        return super().evaluate_batch(batch, stage)
+        try:
+            with self.evaluation_ctx:
+                out = self.compute_forward(batch, stage=stage)
+                return self.compute_objectives(out, batch, stage=stage).detach()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition(". ")[0]
+        raise self._too_large(len(batch.id), "valid_batch_size", reason, self._try_to_score)
 
     def make_dataloader(self, dataset: Any, stage: sb.Stage, ckpt_prefix: str | None = "dataloader-", **loader_kwargs: Any) -> Any:
         """As SpeechBrain's; validation and test clips are shared out over the ranks, none twice and none left out."""
@@ -249,41 +230,22 @@ class TaggingBrain(sb.Brain):
         self.train_sampler = loader_kwargs["batch_sampler"]
         return loader_kwargs
 
-    def _compile(self) -> None:
-        if self.compile and getattr(self, "compile_module_keys", None) is None:
-            # the compiler's order of operations moves the log of nearly empty mel bands
-            self.compile_module_keys = ["embedding_model", "classifier"]
-        super()._compile()
-
-    def _wrap_distributed(self) -> None:
-        # SpeechBrain converts to synchronised batch norm, which has no CPU version, and which PSLA did not use
-        if not self.distributed_launch:
-            super()._wrap_distributed()
-            return
-        for name, module in self.modules.items():
-            if any(p.requires_grad for p in module.parameters()):
-                device_ids = [self.device] if self.device_type == "cuda" else None
-                self.modules[name] = DistributedDataParallel(
-                    module, device_ids=device_ids, find_unused_parameters=self.find_unused_parameters
-                )
-
     def _should_save_intra_epoch_ckpt(self, last_ckpt_time: float, steps_since_ckpt: int) -> bool:
-        due = super()._should_save_intra_epoch_ckpt(last_ckpt_time, steps_since_ckpt)
-        self.stopping = self._any_rank(self.stop_requested)
+        if self.checkpointer is None:
+            return False
+        # of clocks, that of the first process counts
+        due = rank_and_world_size()[0] == 0 and self.is_due(last_ckpt_time, steps_since_ckpt)
+        due, self.stopping = self.anywhere(due, self.stop_requested)
         # gradients that wait for the rest of an accumulation are not saved
         return (due or self.stopping) and self.step % self.grad_accumulation_factor == 0
 
     def _save_intra_epoch_ckpt(self) -> None:
+        self.look_at_steps()
+        # what was asked meanwhile is answered by this checkpoint
+        self._asked.clear()
         super()._save_intra_epoch_ckpt()
         if self.stopping:
             raise Interrupted
-
-    def _any_rank(self, flag: bool) -> bool:
-        if not self.distributed_launch:
-            return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        return bool(flags)
 
     def request_stop(self, signum: int, frame: Any) -> None:
         """A signal handler: asks to finish the step, to save and to stop; a second Ctrl-C stops at once."""
@@ -309,12 +271,13 @@ class TaggingBrain(sb.Brain):
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Begins to measure an epoch; makes room for the scores of a validation or test."""
+        self._asked.clear()
         if stage == sb.Stage.TRAIN:
             self.pace = Pace(self.step)
             if self.device_type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            self.stats = TaggingStats(self.n_clips[stage], self.hparams.n_classes)
+            self.stats, self._scored = TaggingStats(self.n_clips[stage], self.hparams.n_classes), deque()
             if self.valid_manifest is not None and stage == sb.Stage.VALID and if_main_process():
                 # before they are read: what is changed while they are is not what was scored
                 self.valid_sounds = {"sounds": self.valid_manifest.state_of_files()}
@@ -322,14 +285,16 @@ class TaggingBrain(sb.Brain):
     def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
         """Ends an epoch of training or the scoring of a set."""
         if stage == sb.Stage.TRAIN:
+            self.look_at_steps()
             self.pace.end(self.step)
-            self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": stage_loss}
+            self.train_figures = {"lr": self.optimizer.param_groups[0]["lr"], "train_loss": self.avg_train_loss}
             self.hparams.schedule.on_epoch_end(self.optimizer, epoch)
             if self.distributed_launch:
                 # each rank has seen other clips; all evaluate with the statistics of rank 0, which are the ones that are saved
                 for buffer in persistent_buffers(self.modules):
                     torch.distributed.broadcast(buffer, 0)
             return
+        self.collect_scores()
         self.stats.reduce()
         if stage == sb.Stage.VALID and epoch is not None:
             self.on_epoch_end(epoch)

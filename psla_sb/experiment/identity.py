@@ -41,7 +41,7 @@ MAY_CHANGE = {
     *PLACES,
     *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips", "teacher_scores"),
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
-    *("num_workers", "valid_batch_size"),
+    *("num_workers", "valid_batch_size", "compile_model"),
     *("number_of_epochs", "epoch_counter", "average_start", "published", "published_with"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.utils.distributed import ddp_init_group, if_main_process
+from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
@@ -88,6 +88,14 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         if if_main_process() or isinstance(error, AudioError | NotSeen):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        print(
+            f"error: the GPU has too little memory: {reason}. Give smaller batches (batch_size, valid_batch_size), or a GPU that "
+            "nobody else uses.",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit("Stopped at once. The same command goes on from what was saved last.")
     finally:
@@ -119,6 +127,10 @@ def start_processes(run_opts: RunOptions, knows_dry_run: bool = False) -> RunOpt
     """
     if getattr(run_opts, "dry_run", False) and not knows_dry_run:
         raise InputError("--dry_run is an option of train.py and ablate.py")
+    if run_opts.device == "cuda" or (run_opts.device is None and torch.cuda.is_available()):
+        # SpeechBrain complains of one that does not say which
+        device = f"cuda:{get_local_rank() or 0}"
+        run_opts = dataclasses.replace(run_opts, device=device, overridden_args=run_opts.overridden_args)
     defaults: dict[str, Any] = {}
     if not torch.cuda.is_available() or str(run_opts.device).startswith("cpu"):
         defaults["distributed_backend"] = "gloo"

@@ -56,7 +56,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
-    settings = read_settings(hparams_file, overrides, optional=("trust", "track"))
+    settings = read_settings(hparams_file, overrides, optional=("trust", "track", "compile_model"))
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
     building = copy.deepcopy(settings)
@@ -97,7 +97,12 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
-    loader = {"num_workers": hparams["num_workers"], "worker_init_fn": init_worker, "pin_memory": brain.device_type == "cuda"}
+    loader = {
+        "num_workers": hparams["num_workers"],
+        "worker_init_fn": init_worker,
+        "persistent_workers": hparams["num_workers"] > 0,
+        "pin_memory": brain.device_type == "cuda",
+    }
     valid_loader = {**loader, "batch_size": hparams["valid_batch_size"]}
     batches = train_batches(hparams, train_labels)
     n_steps = len(batches) // brain.grad_accumulation_factor * hparams["epoch_counter"].limit

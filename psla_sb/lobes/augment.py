@@ -40,7 +40,7 @@ class WaveformMixup(nn.Module):
         #        0                                      n_clips
         lengths = true_lengths(wavs, wav_lens)
         centred = remove_mean(wavs, lengths)
-        weight = Beta(self.alpha, self.alpha, validate_args=False).sample((n_partners, 1)).to(wavs.device)
+        weight = Beta(self.alpha, self.alpha, validate_args=False).sample((n_partners, 1)).to(wavs.device, non_blocking=True)
         mixed = remove_mean(torch.lerp(centred[n_clips:], centred[:n_partners], weight), lengths[:n_partners])
         # lerp, unlike a weighted sum, leaves a class that both clips carry at exactly 1
         mixed_targets = torch.lerp(targets[n_clips:], targets[:n_partners], weight.to(targets.dtype))
