@@ -30,7 +30,7 @@ from psla_sb.experiment.brain import TaggingBrain, as_list
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
-from psla_sb.files import write_file
+from psla_sb.files import wait_for, write_file
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import open_scores
 from psla_sb.labels.vocabulary import Vocabulary
@@ -112,6 +112,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         run_on_main(print, [said])
         return {}
     run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
+    for file in (HPARAMS, CLASSES):
+        wait_for(folder / file)
     known = {"settings": identity.settings_of(hparams_file, overrides, run_opts), "contents": contents}
     run_on_main(identity.write_identity, [folder, settings, known])
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)
