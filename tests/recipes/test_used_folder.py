@@ -1,7 +1,9 @@
 """A folder belongs to one run: what would make its figures those of something else is refused, and nothing in it changes."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,13 +305,39 @@ def test_the_folder_one_is_in(used, mini_data, monkeypatch, tmp_path):
     assert f"{used} has a run of its own: mixup_rate was 0.5, is 0" in line
 
 
-def test_training_clips_of_other_sizes_are_said(used, mini_data, tmp_path):
-    data = shutil.copytree(mini_data, tmp_path / "data")
-    for clip in list((data / "audio").rglob("*.flac"))[:30]:
-        soundfile.write(clip, np.zeros(4000), 16000)
-    argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=used)
-    assert finish(argv, tmp_path / "log") == 0
-    assert "sound files have other sizes than at the start" in (tmp_path / "log").read_text()
+def test_other_training_sounds_are_refused_where_training_goes_on(used, mini_data, tmp_path):
+    data, log = shutil.copytree(mini_data, tmp_path / "data"), tmp_path / "log"
+    clips = sorted((data / "audio").rglob("*.flac"))
+    contents_of_clips = [clip.read_bytes() for clip in clips]
+    for clip, content in zip(clips, contents_of_clips[7:] + contents_of_clips[:7], strict=True):
+        clip.write_bytes(content)
+    settings = {"data_folder": data, "output_folder": used}
+    line = refusal(tmp_path, **settings, number_of_epochs=3)
+    clip, was, now = re.search(r"training clip '(.+)' was (\S+), and (\S+) is another sound", line).groups()
+    assert Path(was).is_relative_to(mini_data)
+    assert Path(now).is_relative_to(data)
+    assert clip in Path(now).name
+    # what was trained is evaluated, whatever the training clips are by now
+    assert finish(command(TRAIN, "hparams/mini.yaml", **settings), log) == 0, log.read_text()
+    # on purpose, as the message says
+    assert "take train_sounds out of identity.json" in line
+    identity = json.loads((used / IDENTITY).read_text())
+    del identity["contents"]["train_sounds"]
+    (used / IDENTITY).write_text(json.dumps(identity))
+    assert finish(command(TRAIN, "hparams/mini.yaml", **settings, number_of_epochs=3), log) == 0, log.read_text()
+    line = refusal(tmp_path, data_folder=mini_data, output_folder=used, number_of_epochs=4)
+    assert f"training clip '{clip}' was {now}, and {was} is another sound" in line
+
+
+def test_the_same_sounds_in_other_formats_go_on(used, mini_data, tmp_path):
+    data, log = shutil.copytree(mini_data, tmp_path / "data"), tmp_path / "log"
+    for clip in (data / "audio").rglob("*.flac"):
+        samples, rate = soundfile.read(clip)
+        soundfile.write(clip.with_suffix(".ogg" if "eval" not in clip.parts else ".wav"), samples, rate)
+        clip.unlink()
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=used, number_of_epochs=3)
+    assert finish(argv, log) == 0, log.read_text()
+    assert ".ogg" in (used / "train.csv").read_text()
 
 
 def test_display_names_are_part_of_the_classes(used, mini_data, tmp_path):
