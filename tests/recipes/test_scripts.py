@@ -315,11 +315,16 @@ def test_mistakes_and_help_of_each_script(tmp_path):
 
 
 def test_a_validation_clip_that_is_gone(tiny_run, mini_data, tmp_path):
-    """As the preparation finds it, at the start and not after an epoch."""
+    """As the preparation finds it, at the start and not after an epoch; the run's annotations stay."""
     folder, data = shutil.copytree(tiny_run[0], tmp_path / "run"), shutil.copytree(mini_data, tmp_path / "data")
     next((data / "audio" / "eval").glob("*.flac")).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=folder, number_of_epochs=3)
     status, lines = ended(tmp_path / "log", argv)
     assert status == 2
     assert "valid_annotation had 20 clips, and has 19" in lines[-1]
     assert "Going into epoch" not in "\n".join(lines)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    # what each start says of itself
+    assert {path.name for path in after if after[path] != before.get(path)} <= {"env.log", "log.txt"}
+    assert after.keys() == before.keys()
