@@ -48,6 +48,7 @@ def test_training_and_going_on(tiny_run, mini_data, tmp_path):
     with open(folder / "bad_clips.csv", newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
     assert head == ["set", "ID", "error"]
+    assert b"\r" not in (folder / "bad_clips.csv").read_bytes()
     assert sorted(row[:2] for row in rows) == [["valid", "c103"], ["valid", "c3"]]
 
 
