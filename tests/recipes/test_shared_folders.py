@@ -1,4 +1,4 @@
-"""Two machines on one network file system train and score together, by torchrun and the recipes' own scripts."""
+"""Processes that torchrun starts: on two machines with one network file system, with unequal memory, with other files."""
 
 import csv
 import json
@@ -117,3 +117,32 @@ def test_one_process_decides_what_fits_and_selects(lively_runs, alone, tmp_path)
     chosen = json.loads((folder / "ensemble.json").read_text())["chosen"]
     assert len(chosen) < 4
     assert said.count("tried") == 4 * (len(chosen) + 1)
+
+
+# the second process has an older copy of the annotation, or of the sounds, on its own disk
+OTHER_CLIPS = """
+from psla_sb.dataio.manifest import Manifest
+from_file = Manifest.from_file.__func__
+def less(cls, *args):
+    manifest = from_file(cls, *args)
+    manifest.table = manifest.table.slice(0, len(manifest) - int(os.environ["RANK"]))
+    return manifest
+Manifest.from_file = classmethod(less)
+"""
+OTHER_SOUNDS = """
+from psla_sb.dataio import loudness
+if os.environ["RANK"] == "1":
+    read_blocks = loudness.read_blocks
+    loudness.read_blocks = lambda *args: (block * 0.1 for block in read_blocks(*args))
+"""
+
+
+@pytest.mark.parametrize("code", [OTHER_CLIPS, OTHER_SOUNDS])
+def test_processes_that_read_other_files_do_not_train_together(code, tiny_run, mini_data, tmp_path):
+    files = {"train_annotation": tiny_run[0] / "train.csv", "valid_annotation": tiny_run[0] / "eval.csv", "skip_prep": True}
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run", **files)
+    done = torchrun(argv, env=at_start(tmp_path, code), check=False)
+    assert done.returncode != 0
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: the processes have read different annotations, class lists or sounds; ")
+    assert not (tmp_path / "run" / "results.json").exists()
