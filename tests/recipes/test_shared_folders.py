@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -146,3 +147,22 @@ def test_processes_that_read_other_files_do_not_train_together(code, tiny_run, m
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert error.startswith("error: the processes have read different annotations, class lists or sounds; ")
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+ONE_FAILS = """
+from psla_sb.errors import InputError
+from psla_sb.labels.vocabulary import Vocabulary
+from_csv = Vocabulary.from_csv
+def cannot_be_read(path):
+    if os.environ["RANK"] == "1":
+        raise InputError(f"{path}: cannot read this class list")
+    return from_csv(path)
+Vocabulary.from_csv = cannot_be_read
+"""
+
+
+def test_what_one_process_alone_has_found_is_said(mini_data, tmp_path):
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run")
+    done = torchrun(argv, env=at_start(tmp_path, ONE_FAILS), check=False)
+    assert done.returncode != 0
+    assert re.search(r"^error: \S+: cannot read this class list$", done.stderr, re.MULTILINE), done.stderr
