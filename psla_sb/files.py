@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,38 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def put_back_on_error(files: Iterable[Path]) -> Iterator[None]:
+    """Puts back those of these files that were replaced in the block, if it ends in an error.
+
+    >>> path = getfixture("tmp_path") / "a"
+    >>> write_file(path, "before")
+    >>> with contextlib.suppress(KeyError), put_back_on_error([path]):
+    ...     write_file(path, "after")
+    ...     raise KeyError
+    >>> path.read_text(), [file.name for file in path.parent.iterdir()]
+    ('before', ['a'])
+    """
+    kept = {file: file.with_name(f"{UNFINISHED}before+{file.name}") for file in files}
+    try:
+        for file, before in kept.items():
+            before.unlink(missing_ok=True)
+            # an annotation may be large, and a link costs nothing; not all file systems have links
+            try:
+                os.link(file, before)
+            except OSError:
+                shutil.copy2(file, before)
+        yield
+    except BaseException:
+        for file, before in kept.items():
+            if before.exists() and not (file.exists() and before.samefile(file)):
+                os.replace(before, file)
+        raise
+    finally:
+        for before in kept.values():
+            before.unlink(missing_ok=True)
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

@@ -6,8 +6,11 @@ import json
 import multiprocessing
 import os
 import resource
+import runpy
+import socket
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -26,7 +29,7 @@ TINY = {
 }
 # Its children have everything imported: a tiny run takes a third of the time that it takes from the command line.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["psla_sb.experiment.train", "psla_sb.plots.training"])
+SERVER.set_forkserver_preload(["psla_sb.experiment.train", "psla_sb.experiment.aggregate", "psla_sb.plots.training"])
 
 
 def command(script, *arguments, **overrides):
@@ -43,7 +46,27 @@ def run(argv, check=True, **kwargs):
     return done
 
 
+def torchrun(argv, **kwargs):
+    """As `run`, by two processes on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return run([*launcher, *map(str, argv[1:])], **kwargs)
+
+
+def at_start(folder, code, **variables):
+    """The environment in which each process of a recipe, started by `run` or `torchrun`, does something first.
+
+    `code` may import what lies in the tests' folder; it finds `variables` in the environment. The launcher of `torchrun` is none
+    of the recipe's processes.
+    """
+    (folder / "start").mkdir()
+    guard = 'import os\nimport sys\nif "torch.distributed.run" not in sys.orig_argv:\n'
+    (folder / "start" / "sitecustomize.py").write_text(guard + textwrap.indent(textwrap.dedent(code), "    "))
+    paths = [str(folder / "start"), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), **{name: str(value) for name, value in variables.items()}}
+
+
 def _main(argv, log, env, at):
+    """Runs the script as Python does, in this process."""
     os.setsid()
     os.environ |= env
     # as in a process of the command line: how loaders start their workers
@@ -52,14 +75,13 @@ def _main(argv, log, env, at):
     os.dup2(stream, 1)
     os.dup2(stream, 2)
     sys.path.insert(0, str(Path(argv[1]).parent))
+    sys.argv = argv[1:]
     import torch
-
-    from psla_sb.experiment.train import main
 
     torch.set_num_threads(1)
     if at is not None:
         _happen(*at)
-    main(argv[1], argv[2:])
+    runpy.run_path(argv[1], run_name="__main__")
 
 
 def _happen(event, target, count):
@@ -100,6 +122,30 @@ def finish(argv, log, **kwargs):
     process = start(argv, log, **kwargs)
     process.join()
     return process.exitcode
+
+
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def two_ranks(argv, log, at=None, rank_of_event=None):
+    """As `finish`, the exit statuses of two processes in the environment that torchrun gives them; `at` is of both, or of one."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    ranks = [
+        start(
+            argv,
+            log.with_suffix(f".{rank}"),
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            at=at if rank_of_event in (None, rank) else None,
+        )
+        for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.join()
+    return [process.exitcode for process in ranks]
 
 
 def differences(folder, other):

@@ -96,10 +96,15 @@ class BadClips:
 
 
 def csv_line(cells: Sequence[Any]) -> str:
-    """Writes the row of a CSV file."""
+    """Writes the row of a CSV file.
+
+    >>> csv_line(["a", "b, c", "d\\re"])
+    'a,"b, c","d\\re"\\n'
+    """
     text = io.StringIO()
+    # with another end of lines, a cell with a carriage return would get no quotes
     csv.writer(text).writerow(cells)
-    return text.getvalue()
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def listed(check: Callable) -> list[str]:

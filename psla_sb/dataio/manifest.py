@@ -187,12 +187,6 @@ class Manifest:
             digest.update("\n".join(states).encode())
         return digest.hexdigest()
 
-    def some_sizes(self, n: int = 1000) -> str:
-        """Computes the SHA-256 of the sizes of some files: a sample tells whether a folder has other sounds, in no time."""
-        rows = np.linspace(0, len(self) - 1, min(n, len(self))).astype(int)
-        states = (_file_state(path) for path in self.paths().take(pa.array(rows)).to_pylist())
-        return hashlib.sha256("\n".join(state.partition(" ")[0] if state else "" for state in states).encode()).hexdigest()
-
     def n_labels(self) -> int:
         """Counts the labels of all clips."""
         return (

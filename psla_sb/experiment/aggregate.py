@@ -31,7 +31,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import launch
 from psla_sb.experiment.hparams import crop_of, load_hparams
-from psla_sb.files import atomic_write, write_json
+from psla_sb.files import atomic_write, wait_for, write_json
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.teacher_scores import stamp
 from psla_sb.labels.vocabulary import Vocabulary
@@ -106,7 +106,8 @@ def aggregate(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[st
     reason, scored = why_no_average(members), dict(sources)
     if reason is None:
         average = folder / "weight_average"
-        run_on_main(_write_average, [members, hparams, manifest.data_root, average, device])
+        for file in run_on_main(_write_average, [members, hparams, manifest.data_root, average, device]):
+            wait_for(file)
         scored["weight_average"] = open_source(average, trust=trust)
     scores = score(scored, manifest, vocabulary, folder / "scores", check=check("evaluation", manifest), **options)
     if not if_main_process():
@@ -180,8 +181,11 @@ def _open_annotations(hparams: Mapping[str, Any]) -> tuple[Vocabulary, Manifest,
 
 def _write_average(
     sources: Sequence[Source], hparams: Mapping[str, Any], data_folder: str | None, folder: Path, device: str
-) -> None:
-    """Writes the mean of members' weights as the folder of a tagger, with new batch-norm statistics if asked for."""
+) -> list[Path]:
+    """Writes the mean of members' weights as the folder of a tagger, with new batch-norm statistics if asked for.
+
+    Returns the folder's files.
+    """
     tagger = AudioTagger.from_source(sources[0], run_opts={"device": device})
     load_into(trained_modules(tagger.mods), average_weights(sources))
     if hparams["batch_norm_annotation"] is not None:
@@ -192,3 +196,4 @@ def _write_average(
         loader = clip_loader(clips, tagger.hparams.sample_rate, tagger.n_samples, batches, hparams["num_workers"])
         update_batch_norm(tagger.mods, loader, tagger.n_samples)
     write_tagger(folder, sources[0].definitions, {**vars(tagger.hparams), **tagger.mods}, sources[0].vocabulary)
+    return sorted(folder.iterdir())

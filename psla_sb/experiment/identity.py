@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from hyperpyyaml.core import recursive_update
-from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, IDENTITY, prediction_path, read_results
+from psla_sb.dataio.loudness import other_sound, some_loudness
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError
@@ -55,7 +55,6 @@ DEFAULTS = {
 }
 MOST_NAMED = 8
 
-logger = get_logger(__name__)
 Settings = Mapping[str, Any]
 
 
@@ -251,14 +250,14 @@ def contents_of(
 ) -> dict[str, Any]:
     """What settings do not tell: which classes, clips and labels a run has, a teacher's scores, how many processes train.
 
-    `processes` is None if nothing is trained any more.
+    `processes` is None if nothing is trained any more; how training clips sound is then of no matter.
     """
     of_sets = {
         name: {"clips": len(manifest), "ids": manifest.digest(("ID",)), "labels": labels.digest()}
         for name, (manifest, labels) in sets.items()
     }
     names = hashlib.sha256(json.dumps([vocabulary.mids, vocabulary.names]).encode()).hexdigest()
-    sounds = sets["train"][0].some_sizes() if "train" in sets else None
+    sounds = some_loudness(sets["train"][0]) if "train" in sets and processes is not None else None
     return {"classes": names, "teacher_scores": _digest_of(teacher), "processes": processes, "train_sounds": sounds, **of_sets}
 
 
@@ -275,8 +274,13 @@ def check_contents(folder: str | Path, settings: Settings, contents: Mapping[str
     every = [contents] * rank_and_world_size()[1]
     if len(every) > 1:
         torch.distributed.all_gather_object(every, contents)
-    if any(other != contents for other in every):
-        raise InputError("the processes have read different annotations or class lists; do all machines see the same folders?")
+    first = every[0]
+    if any({**other, "train_sounds": 0} != {**first, "train_sounds": 0} for other in every) or any(
+        _difference("train_sounds", first["train_sounds"], other["train_sounds"]) for other in every
+    ):
+        raise InputError(
+            "the processes have read different annotations, class lists or sounds; do all machines see the same folders?"
+        )
     folder = Path(folder).absolute()
     if not has_begun(folder, settings):
         return
@@ -292,8 +296,12 @@ def _difference(name: str, was: Any, now: Any) -> str | None:
     if was == now or (name == "processes" and None in (was, now)):
         return None
     if name == "train_sounds":
-        logger.warning("The training clips' sound files have other sizes than at the start; are they the same sounds?")
-        return None
+        # none in a run of before they were measured, nor if a person has taken them out
+        clip = other_sound(was, now) if isinstance(was, Mapping) and isinstance(now, Mapping) else None
+        return clip and (
+            f"training clip '{clip}' was {was[clip]['file']}, and {now[clip]['file']} is another sound "
+            f"(if it is meant to be, take train_sounds out of {IDENTITY})"
+        )
     if name == "classes":
         return "the class list has other classes or names, or in another order"
     if name == "teacher_scores":
@@ -320,5 +328,8 @@ def _old_differences(folder: Path, contents: Mapping[str, Any]) -> Iterator[str 
 def write_identity(folder: str | Path, settings: Settings, identity: Mapping[str, Any]) -> None:
     """Writes down what run a folder has, unless that is known; `identity` has `settings` and `contents`."""
     path = Path(folder) / IDENTITY
-    if not (has_begun(Path(folder), settings) and path.is_file()):
+    known = read_identity(folder) if has_begun(Path(folder), settings) and path.is_file() else None
+    if known is None:
         write_json(path, identity)
+    elif not isinstance(known["contents"].get("train_sounds"), Mapping):
+        write_json(path, {**known, "contents": {**known["contents"], "train_sounds": identity["contents"]["train_sounds"]}})

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ EXIT_INTERRUPTED = 75
 # a file size limit is how some clusters enforce a quota
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_TO_BE_ENDED = 5.0
 
 
 def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], arguments: list[str] | None = None) -> None:
@@ -85,8 +87,12 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         sys.exit(EXIT_BAD_INPUT)
     except InputError as error:
         # a broken sound file, and one that is not there, is known only to the process that reads it
-        if if_main_process() or isinstance(error, AudioError | NotSeen):
-            print(f"error: {error}", file=sys.stderr)
+        if not (if_main_process() or isinstance(error, AudioError | NotSeen)):
+            # what all have found the first one says, and torchrun then ends the others; what it has not found is said here
+            for signum in STOP_SIGNALS:
+                signal.signal(signum, signal.SIG_DFL)
+            time.sleep(SECONDS_TO_BE_ENDED)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]

@@ -30,7 +30,7 @@ from psla_sb.experiment.brain import TaggingBrain, as_list
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
-from psla_sb.files import write_file
+from psla_sb.files import put_back_on_error, wait_for, write_file
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import open_scores
 from psla_sb.labels.vocabulary import Vocabulary
@@ -69,16 +69,19 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     run_on_main(launch.write_environment, [folder])
     for remark in remarks.on_device(run_opts.device):
         logger.warning(remark)
-    vocabulary = prepare(hparams)
-    # what cannot be trained, saved or exported is refused before the training, not after it
-    n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
-    chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
-    valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
-    train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
-    sets = {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)}
-    has_finished = run_opts.test_only or len(read_results(folder).get("epochs", [])) >= hparams["epoch_counter"].limit
-    contents = identity.contents_of(vocabulary, sets, train_set.teacher, None if has_finished else rank_and_world_size()[1])
-    identity.check_contents(folder, settings, contents)
+    # a start that is refused leaves the run's annotations as they were
+    files = [*folder.glob("*.csv"), *folder.glob("*.json")] if if_main_process() and identity.has_begun(folder, settings) else []
+    with put_back_on_error(files):
+        vocabulary = prepare(hparams)
+        # what cannot be trained, saved or exported is refused before the training, not after it
+        n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+        chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
+        valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
+        train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
+        sets = {"train": (train_set.data, train_labels), "valid": (valid_set.data, valid_labels)}
+        has_finished = run_opts.test_only or len(read_results(folder).get("epochs", [])) >= hparams["epoch_counter"].limit
+        contents = identity.contents_of(vocabulary, sets, train_set.teacher, None if has_finished else rank_and_world_size()[1])
+        identity.check_contents(folder, settings, contents)
     # opened before the training: what is wrong with it should not show days later
     name, dataset = "valid", valid_set
     if hparams["test_annotation"]:
@@ -117,6 +120,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         run_on_main(print, [said])
         return {}
     run_on_main(_write_settings, [folder, hparams_file, overrides, vocabulary])
+    for file in (HPARAMS, CLASSES):
+        wait_for(folder / file)
     known = {"settings": identity.settings_of(hparams_file, overrides, run_opts), "contents": contents}
     run_on_main(identity.write_identity, [folder, settings, known])
     definitions = plain_definitions(read_definitions(folder / HPARAMS), hparams)

@@ -1,6 +1,5 @@
 """What the recipes' preparations share: annotations that are made once, and lists of the clips that were left out."""
 
-import csv
 import itertools
 import json
 import os
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow.compute as pc
 from speechbrain.utils.logger import get_logger
 
+from psla_sb.dataio.bad_clips import csv_line
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.files import atomic_write, write_file
 from psla_sb.labels.vocabulary import Vocabulary
@@ -77,7 +77,7 @@ def list_left_out(annotation: Path, rows: Iterable[Sequence[object]]) -> Path:
     """Writes ID, reason and file of clips to `<annotation>_left_out.csv`, whose path is returned."""
     path = annotation.with_name(f"{annotation.stem}_left_out.csv")
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(itertools.chain([["ID", "reason", "file"]], rows))
+        file.writelines(map(csv_line, itertools.chain([["ID", "reason", "file"]], rows)))
     return path
 
 

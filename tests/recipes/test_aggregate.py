@@ -22,7 +22,7 @@ from psla_sb.experiment import evaluation, train
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import FIGURES, average_precision, roc_auc, summarize
-from runs import REPOSITORY, TRAIN, command, run
+from runs import REPOSITORY, TRAIN, command, torchrun
 
 AGGREGATE = REPOSITORY / "recipes" / "AudioSet" / "aggregate.py"
 
@@ -202,10 +202,9 @@ def test_greedy_selection_is_the_best_step_by_step():
 
 def test_two_gloo_ranks_write_what_one_process_writes(two_runs, lively_runs, tmp_path):
     folder, report = two_runs
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29541"]
     runs = f'--runs=["{lively_runs / "a"}","{lively_runs / "b"}"]'
     options = ["--device=cpu", runs, f"--output_folder={tmp_path}", "--batch_size=6", "--num_workers=0", "--export=True"]
-    run([*launcher, str(AGGREGATE), "hparams/aggregate.yaml", *options])
+    torchrun([sys.executable, str(AGGREGATE), "hparams/aggregate.yaml", *options])
     assert json.loads((tmp_path / "ensemble.json").read_text()) == report
     files = [path.relative_to(folder) for pattern in ("scores/*", "*.npy", "tagger/*.ckpt") for path in folder.glob(pattern)]
     assert len(files) == 10 + 1 + 3

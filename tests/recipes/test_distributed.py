@@ -2,8 +2,6 @@
 
 import json
 import signal
-import socket
-import sys
 
 import numpy as np
 import torch
@@ -16,7 +14,7 @@ from psla_sb.experiment.hparams import load_hparams
 from psla_sb.experiment.train import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import FIGURES
-from runs import TINY, TRAIN, command, differences, finish, run, start
+from runs import TINY, TRAIN, command, differences, finish, torchrun, two_ranks
 
 # 20 evaluation clips in batches of 6: four batches, the last one short
 BATCH = 6
@@ -26,8 +24,7 @@ def test_two_gloo_ranks_train_and_score_like_one_process(mini_data, tmp_path, mo
     folder = tmp_path / "two"
     settings = {"data_folder": mini_data, "valid_batch_size": BATCH}
     argv = command(TRAIN, "hparams/mini.yaml", "--distributed_backend=gloo", **settings, output_folder=folder)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    run([*launcher, *argv[1:]])
+    torchrun(argv)
     results = json.loads((folder / "results.json").read_text())
     assert len(results["epochs"]) == 2
     assert np.isfinite(results["epochs"][1]["train_loss"])
@@ -67,29 +64,6 @@ def test_two_gloo_ranks_train_and_score_like_one_process(mini_data, tmp_path, mo
         assert record["valid_loss"] == figures["loss"]
         assert {name: record[name] for name in FIGURES} == {name: figures[name] for name in FIGURES}
     torch.set_num_threads(threads)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def two_ranks(argv, log, at=None, rank_of_event=None):
-    """The exit statuses of two processes in the environment that torchrun gives them."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [
-        start(
-            argv,
-            log.with_suffix(f".{rank}"),
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            at=at if rank_of_event in (None, rank) else None,
-        )
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.join()
-    return [process.exitcode for process in ranks]
 
 
 def test_two_ranks_killed_or_stopped_and_resumed_are_bit_exact(mini_data, tmp_path):

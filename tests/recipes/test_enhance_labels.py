@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 
 import numpy as np
@@ -193,4 +194,10 @@ def test_the_recipe_trains(enhanced, noisy_data, tmp_path):
     settings = balanced(noisy_data, run_folder, pretrained="null")
     done = run([sys.executable, str(TRAIN), str(ENHANCED), *(f"--{key}={value}" for key, value in settings.items())])
     assert "Label enhancement (threshold mean, types I+II)" in done.stdout
+    # once, and not all of them
+    n_empty = int((parts(noisy_data, enhanced)[1].counts(39) == 0).sum())
+    ((count, names),) = re.findall(r"(\d+) classes are on no clip, .*?: (.*)", done.stdout + done.stderr)
+    assert int(count) == n_empty > 5
+    assert names.count("; ") == 4
+    assert names.endswith(f" and {n_empty - 5} others")
     assert len(json.loads((run_folder / "results.json").read_text())["epochs"]) == 1

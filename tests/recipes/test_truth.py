@@ -374,9 +374,16 @@ SLURM = re.search(r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "README.md").
     ("srun", "requeued"),
     [
         ("exit 0", False),
+        # bad input, a full disk or NaN; the same by way of torchrun; out of memory; stopped by a person
         ("exit 2", False),
-        # the warning, and a job that saves and leaves
+        ("exit 1", False),
+        ("exit 137", False),
+        ("exit 75", False),
+        # the recipe's own train.py, where there is no such data
+        ('shift; exec "$@" > $(dirname $0)/said 2>&1', False),
+        # the warning, and a job that saves and leaves, as torchrun and as train.py end
         ('kill -TERM $PPID; trap "exit 1" TERM; sleep 5 & wait', True),
+        ('kill -TERM $PPID; trap "exit 75" TERM; sleep 5 & wait', True),
         # the warning came when it was done
         ('trap "" TERM; kill -TERM $PPID; sleep 0.2; exit 0', False),
     ],
@@ -385,6 +392,8 @@ def test_the_slurm_script_starts_again_after_an_interruption_alone(srun, requeue
     commands = {
         "srun": f"echo $$ > {tmp_path}/pid\n{srun}",
         "scancel": f"kill -TERM $(cat {tmp_path}/pid) 2> /dev/null; true",
+        # one process in place of eight
+        "torchrun": f'while [ "${{1%.py}}" = "$1" ]; do shift; done\nexec {sys.executable} "$@"',
         "scontrol": f'[ "$1" = requeue ] && echo "$2" > {tmp_path}/requeued; echo node1',
     }
     for name, body in commands.items():
@@ -393,5 +402,7 @@ def test_the_slurm_script_starts_again_after_an_interruption_alone(srun, requeue
     (tmp_path / "job.sh").write_text(SLURM)
     slurm = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n", "SLURM_CPUS_PER_TASK": "2"}
     environment = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, timeout=60, check=False)
+    subprocess.run(["bash", str(tmp_path / "job.sh")], env=environment, timeout=60, check=False, cwd=REPOSITORY)
+    if (tmp_path / "said").exists():
+        assert (tmp_path / "said").read_text() == "error: /data/audioset: no such folder, which --data_folder names\n"
     assert (tmp_path / "requeued").exists() == requeued

@@ -1,7 +1,9 @@
 """A folder belongs to one run: what would make its figures those of something else is refused, and nothing in it changes."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,6 @@ from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import IDENTITY
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.experiment.identity import changes, flat
-from psla_sb.experiment.train import main
 from psla_sb.labels.teacher_scores import stamp
 from psla_sb.labels.vocabulary import Vocabulary
 from runs import TRAIN, command, differences, finish
@@ -28,23 +29,15 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refusal(capsys, *arguments, **overrides):
-    """The last line that `train.py` prints."""
-    with pytest.raises(SystemExit) as ended:
-        main(str(TRAIN), command(TRAIN, "hparams/mini.yaml", *arguments, **overrides)[2:])
-    assert ended.value.code == 2
-    printed = capsys.readouterr().err.splitlines()
-    assert printed[-1].startswith("error: ")
-    return printed[-1]
-
-
-def last_line(tmp_path, **overrides):
-    """As `refusal`, of what is found out after the YAML file was built."""
+def refusal(tmp_path, *arguments, **overrides):
+    """The last line that `train.py` prints, which ends with status 2."""
     log = tmp_path / "refused.log"
     log.unlink(missing_ok=True)
-    assert finish(command(TRAIN, "hparams/mini.yaml", **overrides), log) == 2, log.read_text()
+    assert finish(command(TRAIN, "hparams/mini.yaml", *arguments, **overrides), log) == 2, log.read_text()
     assert "Traceback" not in log.read_text()
-    return log.read_text().splitlines()[-1]
+    line = log.read_text().splitlines()[-1]
+    assert line.startswith("error: ")
+    return line
 
 
 @pytest.mark.parametrize(
@@ -82,17 +75,17 @@ def last_line(tmp_path, **overrides):
         ("grad_accumulation_factor", 2, "grad_accumulation_factor was 1, is 2"),
     ],
 )
-def test_another_setting_is_refused(used, mini_data, capsys, key, value, said):
+def test_another_setting_is_refused(used, mini_data, tmp_path, key, value, said):
     before = contents(used)
-    line = refusal(capsys, data_folder=mini_data, output_folder=used, **{key: value})
+    line = refusal(tmp_path, data_folder=mini_data, output_folder=used, **{key: value})
     assert said in line
     assert f"--output_folder={used}-" in line
     assert line.count(" was ") == 1
     assert contents(used) == before
 
 
-def test_several_settings_are_all_named(used, mini_data, capsys):
-    line = refusal(capsys, "--debug", data_folder=mini_data, output_folder=used, mixup_rate=0, lr=1e-3)
+def test_several_settings_are_all_named(used, mini_data, tmp_path):
+    line = refusal(tmp_path, "--debug", data_folder=mini_data, output_folder=used, mixup_rate=0, lr=1e-3)
     for said in ("mixup_rate was 0.5, is 0", "lr was 0.002, is 0.001", "debug was False, is True"):
         assert said in line
 
@@ -108,14 +101,14 @@ def test_what_may_change_and_a_folder_that_was_moved(used, tiny_run, mini_data, 
     assert read_yaml(moved / "hyperparams.yaml")["data_folder"] == str(data)
 
 
-def test_more_epochs_go_on_and_fewer_are_refused(used, mini_data, tmp_path, capsys):
+def test_more_epochs_go_on_and_fewer_are_refused(used, mini_data, tmp_path):
     argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=used, number_of_epochs=3)
     assert finish(argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "log").read_text().count("Going into epoch") == 1
     whole = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "whole", number_of_epochs=3)
     assert finish(whole, tmp_path / "log") == 0
     assert differences(tmp_path / "whole", used) == []
-    assert "number_of_epochs was 3, is 2" in refusal(capsys, data_folder=mini_data, output_folder=used)
+    assert "number_of_epochs was 3, is 2" in refusal(tmp_path, data_folder=mini_data, output_folder=used)
 
 
 def reverse_rows(text):
@@ -153,25 +146,25 @@ def test_other_clips_labels_and_classes_are_refused(used, mini_data, tmp_path, f
     key = {"eval.csv": "valid_annotation", "train.csv": "train_annotation", "classes.csv": "class_list"}[file]
     files = {"valid_annotation": used / "eval.csv", "train_annotation": used / "train.csv", key: changed}
     before = contents(used)
-    assert said in last_line(tmp_path, data_folder=mini_data, output_folder=used, skip_prep=True, **files)
+    assert said in refusal(tmp_path, data_folder=mini_data, output_folder=used, skip_prep=True, **files)
     after = contents(used)
     # what each start says of itself
     assert {str(path) for path in after if after[path] != before.get(path)} <= {"env.log", "log.txt"}
 
 
-def test_a_folder_of_before_is_compared_by_its_files(used, mini_data, tmp_path, capsys):
+def test_a_folder_of_before_is_compared_by_its_files(used, mini_data, tmp_path):
     (used / IDENTITY).unlink()
     settings = used / "hyperparams.yaml"
     # a key that there was not yet
     settings.write_text("\n".join(line for line in settings.read_text().splitlines() if "loss:" not in line) + "\n")
-    assert "mixup_rate was 0.5, is 0" in refusal(capsys, data_folder=mini_data, output_folder=used, mixup_rate=0)
+    assert "mixup_rate was 0.5, is 0" in refusal(tmp_path, data_folder=mini_data, output_folder=used, mixup_rate=0)
     for name, change, key, said in [
         ("eval.csv", lambda text: text.rpartition('\n"')[0] + "\n", "valid_annotation", "had 20 clips, and has 19"),
         ("class_labels_indices.csv", swap_classes, "class_list", "the class list has other classes"),
     ]:
         (tmp_path / name).write_text(change((used / name).read_text()))
         files = {"valid_annotation": used / "eval.csv", "train_annotation": used / "train.csv", key: tmp_path / name}
-        assert said in last_line(tmp_path, data_folder=mini_data, output_folder=used, skip_prep=True, **files)
+        assert said in refusal(tmp_path, data_folder=mini_data, output_folder=used, skip_prep=True, **files)
     assert not (used / IDENTITY).exists()
     argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=used)
     assert finish(argv, tmp_path / "log") == 0, (tmp_path / "log").read_text()
@@ -272,11 +265,11 @@ def test_a_changed_place_hides_no_other_change(tiny_run, mini_data, tmp_path):
     assert (status, "note was DATA_FOLDER/a, is DATA_FOLDER/b" in line) == (2, True)
 
 
-def test_a_key_that_was_not_there_had_a_meaning(used, mini_data, tmp_path, capsys):
+def test_a_key_that_was_not_there_had_a_meaning(used, mini_data, tmp_path):
     (used / IDENTITY).unlink()
     settings = used / "hyperparams.yaml"
     settings.write_text("\n".join(line for line in settings.read_text().splitlines() if not line.startswith("eval_crop")) + "\n")
-    line = refusal(capsys, data_folder=mini_data, output_folder=used, eval_crop="centre")
+    line = refusal(tmp_path, data_folder=mini_data, output_folder=used, eval_crop="centre")
     assert "eval_crop was first, is centre" in line
 
 
@@ -306,19 +299,45 @@ def test_blocks_may_change_their_places():
     assert flat(yaml(first)) == flat(yaml(last))
 
 
-def test_the_folder_one_is_in(used, mini_data, monkeypatch, capsys):
+def test_the_folder_one_is_in(used, mini_data, monkeypatch, tmp_path):
     monkeypatch.chdir(used)
-    line = refusal(capsys, data_folder=mini_data, output_folder=".", mixup_rate=0)
+    line = refusal(tmp_path, data_folder=mini_data, output_folder=".", mixup_rate=0)
     assert f"{used} has a run of its own: mixup_rate was 0.5, is 0" in line
 
 
-def test_training_clips_of_other_sizes_are_said(used, mini_data, tmp_path):
-    data = shutil.copytree(mini_data, tmp_path / "data")
-    for clip in list((data / "audio").rglob("*.flac"))[:30]:
-        soundfile.write(clip, np.zeros(4000), 16000)
-    argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=used)
-    assert finish(argv, tmp_path / "log") == 0
-    assert "sound files have other sizes than at the start" in (tmp_path / "log").read_text()
+def test_other_training_sounds_are_refused_where_training_goes_on(used, mini_data, tmp_path):
+    data, log = shutil.copytree(mini_data, tmp_path / "data"), tmp_path / "log"
+    clips = sorted((data / "audio").rglob("*.flac"))
+    contents_of_clips = [clip.read_bytes() for clip in clips]
+    for clip, content in zip(clips, contents_of_clips[7:] + contents_of_clips[:7], strict=True):
+        clip.write_bytes(content)
+    settings = {"data_folder": data, "output_folder": used}
+    line = refusal(tmp_path, **settings, number_of_epochs=3)
+    clip, was, now = re.search(r"training clip '(.+)' was (\S+), and (\S+) is another sound", line).groups()
+    assert Path(was).is_relative_to(mini_data)
+    assert Path(now).is_relative_to(data)
+    assert clip in Path(now).name
+    # what was trained is evaluated, whatever the training clips are by now
+    assert finish(command(TRAIN, "hparams/mini.yaml", **settings), log) == 0, log.read_text()
+    # on purpose, as the message says
+    assert "take train_sounds out of identity.json" in line
+    identity = json.loads((used / IDENTITY).read_text())
+    del identity["contents"]["train_sounds"]
+    (used / IDENTITY).write_text(json.dumps(identity))
+    assert finish(command(TRAIN, "hparams/mini.yaml", **settings, number_of_epochs=3), log) == 0, log.read_text()
+    line = refusal(tmp_path, data_folder=mini_data, output_folder=used, number_of_epochs=4)
+    assert f"training clip '{clip}' was {now}, and {was} is another sound" in line
+
+
+def test_the_same_sounds_in_other_formats_go_on(used, mini_data, tmp_path):
+    data, log = shutil.copytree(mini_data, tmp_path / "data"), tmp_path / "log"
+    for clip in (data / "audio").rglob("*.flac"):
+        samples, rate = soundfile.read(clip)
+        soundfile.write(clip.with_suffix(".ogg" if "eval" not in clip.parts else ".wav"), samples, rate)
+        clip.unlink()
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=data, output_folder=used, number_of_epochs=3)
+    assert finish(argv, log) == 0, log.read_text()
+    assert ".ogg" in (used / "train.csv").read_text()
 
 
 def test_display_names_are_part_of_the_classes(used, mini_data, tmp_path):
