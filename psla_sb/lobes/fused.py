@@ -40,20 +40,33 @@ def _work_here(device: torch.device) -> bool:
     reason = "they give other numbers than PyTorch"
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            generator = torch.Generator().manual_seed(0)
-            clips = (2 + torch.randn(5, 64, 9, 33, generator=generator)).to(memory_format=torch.channels_last)
-            parameters = (torch.randn(64, generator=generator) for _ in range(2))
-            x, weight, bias = (one.to(device).requires_grad_() for one in (clips, *parameters))
-            expected = F.silu(F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
-            found, _ = _NormAct.apply(x, weight, bias, 1e-3, True)
-            gradients = [torch.autograd.grad(one.sin().sum(), (x, weight, bias)) for one in (expected, found)]
-        pairs = [(expected, found), *zip(*gradients, strict=True)]
-        if all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item()) for one, other in pairs):
-            return True
+            if all(torch.allclose(one, other, rtol=1e-3, atol=1e-3 * one.abs().max().item()) for one, other in _trials(device)):
+                return True
     except Exception as error:  # of Triton, of the driver, or that there is no C compiler
         reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
     logger.warning("The toolkit's own kernels are not used on %s, which makes it slower: %s", device, reason)
     return False
+
+
+def _trials(device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Computes what PyTorch gives, and what the kernels give: a block and its gradients, and frames."""
+    generator = torch.Generator().manual_seed(0)
+    clips = (2 + torch.randn(5, 64, 9, 33, generator=generator)).to(memory_format=torch.channels_last)
+    parameters = [torch.randn(shape, generator=generator) for shape in ((64,), (64,), (64, 1, 3, 3))]
+    given = [one.to(device).requires_grad_() for one in (clips, *parameters)]
+    x, weight, bias, kernel = given
+    y = F.silu(F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
+    expected = F.conv2d(y * torch.sigmoid(y.mean((2, 3), keepdim=True)), kernel, padding=1, groups=64)
+    y, gates = _NormAct.apply(x, weight, bias, 1e-3, True)[0], list[Tensor]()
+    mean, same = _Squeeze.apply(y, gates)
+    found = _Depthwise.apply(_Excite.apply(same, torch.sigmoid(mean), gates), kernel, (1, 1))
+    gradients = [torch.autograd.grad(one.sin().sum(), given) for one in (expected, found)]
+    wavs, window = clips.flatten(1)[:, :1040].to(device), torch.hann_window(400, periodic=False, device=device)
+    frames = wavs.unfold(1, 400, 160)
+    frames = frames - frames.mean(2, keepdim=True)
+    filtered = torch.cat([frames[..., :1], frames[..., 1:] - 0.97 * frames[..., :-1]], dim=2) * window
+    pairs = [(expected, found), *zip(*gradients, strict=True)]
+    return [*pairs, (F.pad(filtered, (0, 112)), windowed_frames(wavs, window, 5, 160, 0.97, 512))]
 
 
 def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
