@@ -79,7 +79,8 @@ def onnx_rate(model, feats, repeats, threads):
 
         file, options = io.BytesIO(), onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.onnx.export(model, (feats,), file, input_names=["feats"], dynamo=False)
         session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
         return rate(lambda: session.run(None, {"feats": feats.numpy()}), len(feats), repeats)
