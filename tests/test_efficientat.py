@@ -20,6 +20,7 @@ from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.features import CentredFbank
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 from psla_sb.lobes.pooling import ConvPooling, MLPPooling
+from runs import TRAIN, command, run
 
 
 def labels(folder, n_classes=527):
@@ -318,3 +319,22 @@ def test_the_heads_fit_other_encoders(tiny_run, tmp_path):
         tagger.mods["classifier"] = head.eval()
         assert tagger.score_batch(torch.randn(2, 8000)).shape == (2, 39)
         assert tagger.has_timeline
+
+
+def test_a_network_is_trained_as_the_readme_says(mini_data, tmp_path):
+    readme = (TRAIN.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "MobileNetV3Encoder" in block]
+    hparams = (TRAIN.parent / "hparams" / "mini.yaml").read_text(encoding="utf-8")
+    for part in re.findall(r"(?m)^\w+:.*\n(?: .*\n)*", block):
+        hparams, n_found = re.subn(rf"(?m)^{part.partition(':')[0]}:.*\n(?: .*\n)*", lambda _, part=part: part, hparams)
+        assert n_found == 1, part
+    (tmp_path / "mobilenet.yaml").write_text(hparams, encoding="utf-8")
+    torch.save(seeded(layout(0.1, n_classes=1000), "mn01_im"), tmp_path / "mn01_im.pt")
+    options = {"width": 0.1, "pretrained": tmp_path / "mn01_im.pt", "output_folder": tmp_path / "run"}
+    run(command(TRAIN, "mobilenet.yaml", data_folder=mini_data, **options), cwd=tmp_path)
+    (tmp_path / "mn01_im.pt").unlink()
+    tagger = AudioTagger.from_folder(tmp_path / "run" / "tagger")
+    assert tagger.hparams.sample_rate == 32000
+    clip = next((mini_data / "audio" / "eval").iterdir())
+    assert len(tagger.tag_file(clip, 39)) == 39
+    assert tagger.tag_timeline(clip).scores.shape == (2, 39)

@@ -113,6 +113,7 @@ def test_edges_are_drawn_in_training_alone(monkeypatch):
     [
         ({"n_mels": 3}, "n_mels >= 4"),
         ({"win_length": 2000}, "win_length <= n_fft"),
+        ({"n_fft": 1023}, "which is even"),
         ({"n_frames": 0}, "n_frames >= 1"),
         ({"sample_rate": 16000}, "half the sample rate"),
         ({"edge_ranges": (10, 4000)}, "half the sample rate"),

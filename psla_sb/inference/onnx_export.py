@@ -95,9 +95,11 @@ class _ConvolutionalCentredFbank(nn.Module):
     def __init__(self, fbank: CentredFbank):
         super().__init__()
         self.fbank = fbank
-        frames = torch.diag(fbank.window.double().cpu())
+        # of what the window lets through
+        self.start = (fbank.n_fft - fbank.frame_length) // 2
+        frames = torch.diag(fbank.window.double().cpu())[self.start : self.start + fbank.frame_length]
         # without the last bin, which is in no mel filter
-        spectrum = torch.fft.rfft(frames, fbank.n_fft)[:, :-1]
+        spectrum = torch.fft.rfft(frames)[:, :-1]
         self.register_buffer("kernel", torch.cat([spectrum.real, spectrum.imag], dim=1).T[:, None].float())
 
     def forward(self, wavs: Tensor) -> Tensor:
@@ -105,10 +107,11 @@ class _ConvolutionalCentredFbank(nn.Module):
         n_samples: Any = torch._shape_as_tensor(wavs)[1]
         n_frames: Any = fbank.frames_of(n_samples)
         # as `CentredFbank` reflects, but in tensors alone: what is computed in numbers would be constant in the file
-        least = fbank.least_to_reflect
+        half = fbank.n_fft // 2
+        least = half + 1
         x = F.pad(wavs[:, 1:] - PREEMPHASIS * wavs[:, :-1], (0, least))
         last: Any = torch.clamp(n_samples - 1, min=least) - 1
-        index = torch.arange(-fbank.before, last + 1 + fbank.frame_length - fbank.before).abs()
+        index = torch.arange(self.start - half, last + 1 + half).abs()
         x = x[:, torch.where(index > last, 2 * last - index, index)]
         real, imag = F.conv1d(x[:, None], self.kernel, stride=fbank.frame_shift).transpose(1, 2).chunk(2, dim=2)
         feats = ((real.square() + imag.square()) @ fbank.mel_banks[:-1] + 1e-5).log()[:, :n_frames]

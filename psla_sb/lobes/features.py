@@ -19,6 +19,8 @@ from psla_sb.lobes.fused import have_kernels, windowed_frames
 FRAME_LENGTH_MS, FRAME_SHIFT_MS = 25.0, 10.0
 PREEMPHASIS, LOWEST_HZ = 0.97, 20.0
 ENERGY_FLOOR = torch.finfo(torch.float32).eps
+# that a CPU transforms at a time: memory that is freed and taken again stays in its caches, and with the process
+CPU_FRAMES = 2048
 
 
 def frame_length_and_shift(sample_rate: int) -> tuple[int, int]:
@@ -271,9 +273,9 @@ class CentredFbank(LogMel):
         edge_ranges: Sequence[int] = (0, 0),
     ) -> None:
         super().__init__()
-        if n_mels < 4 or hop_length < 1 or not 2 <= win_length <= n_fft or (n_frames is not None and n_frames < 1):
+        if n_mels < 4 or hop_length < 1 or n_fft % 2 or not 2 <= win_length <= n_fft or (n_frames is not None and n_frames < 1):
             given = f"{n_mels}, {n_frames}, {hop_length}, {win_length} and {n_fft}"
-            wanted = "n_mels >= 4, n_frames >= 1 or None, hop_length >= 1 and 2 <= win_length <= n_fft"
+            wanted = "n_mels >= 4, n_frames >= 1 or None, hop_length >= 1 and 2 <= win_length <= n_fft, which is even"
             raise ValueError(f"CentredFbank needs {wanted}, not {given}")
         for_lowest, for_highest = edge_ranges
         least_highest, most_highest = highest + for_highest // 2 - max(0, for_highest - 1), highest + for_highest // 2
@@ -283,10 +285,10 @@ class CentredFbank(LogMel):
         self.sample_rate, self.n_mels, self.n_frames = sample_rate, n_mels, n_frames
         self.frame_length, self.frame_shift, self.n_fft = win_length, hop_length, n_fft
         self.lowest, self.highest, self.edge_ranges = float(lowest), float(highest), (for_lowest, for_highest)
-        # samples of the window before the middle of the transform: what is lacking at a clip's start
-        self.before = n_fft // 2 - (n_fft - win_length) // 2
-        self.least_to_reflect = max(self.before, win_length - self.before) + 1
-        self.register_buffer("window", torch.hann_window(win_length, periodic=False), persistent=False)
+        # in the middle of the transform, with zeros on both sides
+        before = (n_fft - win_length) // 2
+        window = F.pad(torch.hann_window(win_length, periodic=False), (before, n_fft - win_length - before))
+        self.register_buffer("window", window, persistent=False)
         filters = mel_filters(n_mels, n_fft, sample_rate, self.lowest, self.highest)
         self.register_buffer("mel_banks", filters, persistent=False)
 
@@ -302,26 +304,34 @@ class CentredFbank(LogMel):
             n_frames, wavs = min(n_frames, self.n_frames), wavs[:, : self.n_samples]
         differences = wavs[:, 1:] - PREEMPHASIS * wavs[:, :-1]
         with full_float32(wavs.device):
-            frames = self._reflected(differences, lengths - 1).unfold(1, self.frame_length, self.frame_shift)[:, :n_frames]
-            # where in the transform a window is does not matter for the power
-            spectrum = torch.fft.rfft(frames * self.window, self.n_fft)
-            energies = float32_matmul(spectrum.real.square() + spectrum.imag.square(), self._filters())
+            x = self._reflected(differences, None if wav_lens is None else lengths - 1)
+            frames, filters = x.unfold(1, self.n_fft, self.frame_shift)[:, :n_frames], self._filters()
+            parts = frames.split(len(frames) if frames.is_cuda else max(1, CPU_FRAMES // n_frames))
+            energies = torch.cat([self._energies(part, filters) for part in parts])
         past_end = torch.arange(n_frames, device=wavs.device) >= self.frames_of(lengths)[:, None]
         feats = (energies + 1e-5).log().masked_fill(past_end[..., None], 0.0)
         return feats if self.n_frames is None else F.pad(feats, (0, 0, 0, self.n_frames - n_frames))
 
-    def _reflected(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Reflects clips `[batch, samples]` at their own ends, half a window on either side; too short ones get zeros first."""
+    def _energies(self, frames: Tensor, filters: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(frames * self.window)
+        return float32_matmul(spectrum.real.square().add_(spectrum.imag.square()), filters)
+
+    def _reflected(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """Adds half a transform before and after clips `[batch, samples]`, reflected at each one's own ends.
+
+        Clips that are too short for that get zeros first.
+        """
         #            x0 x1 x2 x3 x4           |
         #   x2 x1 [  x0 x1 x2 x3 x4  ] x3 x2  | what follows is in no frame of the clip
-        least = self.least_to_reflect
-        x = F.pad(x, (0, max(0, least - x.shape[1])))
+        half = self.n_fft // 2
+        x = F.pad(x, (0, max(0, half + 1 - x.shape[1])))
+        if lengths is None:
+            return F.pad(x, (half, half), mode="reflect")
         positions = torch.arange(x.shape[1], device=x.device)
         x = x.masked_fill(positions >= lengths[:, None], 0.0)
-        last = lengths.clamp(least, x.shape[1])[:, None] - 1
-        index = torch.arange(-self.before, x.shape[1] + self.frame_length - self.before, device=x.device).abs()
-        index = torch.where(index > last, 2 * last - index, index).clamp(min=0)
-        return x.gather(1, index)
+        last = lengths.clamp(half + 1, x.shape[1])[:, None] - 1
+        index = torch.arange(-half, x.shape[1] + half, device=x.device).abs()
+        return x.gather(1, torch.where(index > last, 2 * last - index, index).clamp(min=0))
 
     def _filters(self) -> Tensor:
         for_lowest, for_highest = self.edge_ranges
