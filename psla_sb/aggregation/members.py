@@ -17,8 +17,8 @@ from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.ensemble import EnsembleEncoder, EnsemblePooling
 
-# arguments of encoders that change nothing once the weights are there
-TRAINING_ONLY = ("pretrained", "stem", "norm_momentum", "drop_connect")
+# arguments of modules that change nothing once the weights are there
+TRAINING_ONLY = ("pretrained", "stem", "norm_momentum", "drop_connect", "dropout")
 MEMBERS = ("checkpoints", "last", "average", "best")
 
 

@@ -67,7 +67,7 @@ def without_pretrained(definitions: Any) -> None:
     for node in _nodes(definitions):
         if isinstance(node, dict) and node.get("pretrained") is not None:
             node["pretrained"] = None
-        elif isinstance(node, list) and str(_tag(node)).endswith(".EfficientNetEncoder") and len(node) > 1:
+        elif isinstance(node, list) and str(_tag(node)).endswith((".EfficientNetEncoder", ".MobileNetV3Encoder")) and len(node) > 1:
             node[1] = None
 
 

@@ -70,7 +70,18 @@ def load_psla_checkpoint(
     >>> pooling(encoder(torch.zeros(1, 1056, 128))).shape
     torch.Size([1, 527])
     """
-    state = read_tensors(path)
+    return psla_modules(read_tensors(path), path, padding)
+
+
+def is_psla(state: Mapping[str, torch.Tensor]) -> bool:
+    """Says whether a state dict looks like a published checkpoint."""
+    return any(key.removeprefix("module.").startswith("effnet.") for key in state)
+
+
+def psla_modules(
+    state: Mapping[str, torch.Tensor], path: str | Path, padding: str = PUBLISHED_PADDING
+) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
+    """Builds what `load_psla_checkpoint` returns, of a state dict."""
     prefix = "module." if any(key.startswith("module.") for key in state) else ""
     effnet, attention = f"{prefix}effnet", f"{prefix}attention"
     state = {key: value for key, value in state.items() if not key.startswith(f"{effnet}._fc.")}

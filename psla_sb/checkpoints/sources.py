@@ -1,7 +1,8 @@
 """Any trained model, wherever it is kept -> what model it is, its weights and its classes.
 
 A trained model is the folder of a tagger, the output folder of a run, a run's snapshot (`.safetensors`), a checkpoint folder of
-SpeechBrain's (`save/CKPT+...`) or a checkpoint of the published PSLA code (`.pth`). `open_source` alone tells them apart.
+SpeechBrain's (`save/CKPT+...`) or a checkpoint that others have published, PSLA's or EfficientAT's (`.pth`, `.pt`). `open_source`
+alone tells them apart.
 """
 
 import copy
@@ -17,7 +18,8 @@ from speechbrain.utils.logger import get_logger
 from torch import Tensor, nn
 
 from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, read_yaml, tags_of
-from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, load_psla_checkpoint, psla_definitions
+from psla_sb.checkpoints.psla import PUBLISHED_PADDING
+from psla_sb.checkpoints.published import PublishedModel, read_published
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
 from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
@@ -26,11 +28,11 @@ from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
-from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder
 
 logger = get_logger(__name__)
 
-KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth)"
+KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth, .pt)"
 
 
 class Source(ABC):
@@ -62,8 +64,16 @@ class Source(ABC):
     @cached_property
     def padding(self) -> Any:
         """What an EfficientNet pads like; None if that is not known."""
+        return self._of_encoder("padding", "tensorflow")
+
+    @cached_property
+    def strides(self) -> Any:
+        """A MobileNetV3's strides; empty if they are not known."""
+        return tuple(self._of_encoder("strides", STRIDES) or ())
+
+    def _of_encoder(self, argument: str, default: Any) -> Any:
         encoder = read_yaml(self.hparams_file).get("embedding_model") if self.hparams_file.is_file() else None
-        return encoder.get("padding", "tensorflow") if isinstance(encoder, dict) else None
+        return encoder.get(argument, default) if isinstance(encoder, dict) else None
 
     @abstractmethod
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -207,34 +217,54 @@ class SpeechBrainCheckpoint(Snapshot):
 
 
 class Published(Source):
-    """A checkpoint of the published PSLA code, or of others that use its layout; its class list is a file of its own."""
+    """A checkpoint that the PSLA code, others that use its layout, or EfficientAT wrote; its class list is a file of its own.
+
+    Of PSLA's, `padding` and `n_frames` may be given; of EfficientAT's, `hop` (milliseconds), `mels` and `strides`.
+    """
 
     def __init__(
-        self, path: str | Path, labels: str | Path | None = None, padding: str = PUBLISHED_PADDING, n_frames: int = AUDIOSET_FRAMES
+        self,
+        path: str | Path,
+        labels: str | Path | None = None,
+        padding: str | None = None,
+        n_frames: int | None = None,
+        **options: Any,
     ):
         super().__init__(path)
-        self.labels, self.n_frames, self.padding = labels, n_frames, padding
+        self.labels, self.padding = labels, padding or PUBLISHED_PADDING
+        self.options = {"padding": padding, "n_frames": n_frames, **options}
 
     @cached_property
-    def _modules(self) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
-        return load_psla_checkpoint(self.path, self.padding)
+    def _model(self) -> PublishedModel:
+        return read_published(self.path, self.options)
 
-    @cached_property
+    @property
     def definitions(self) -> Mapping[str, Any]:
-        return psla_definitions(*self._modules, self.n_frames)
+        return self._model.definitions
+
+    @property
+    def remark(self) -> str:
+        """What the file was taken for, and what was assumed of it."""
+        return self._model.remark
+
+    @cached_property
+    def strides(self) -> Any:
+        return tuple(self.definitions["embedding_model"].get("strides", ()))
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         vocabulary, n_classes = Vocabulary.from_csv(str(self.labels)), self.definitions["classifier"]["n_classes"]
         if len(vocabulary) != n_classes:
+            is_imagenet = n_classes == 1000 and isinstance(self._model.encoder, MobileNetV3Encoder)
+            hint = " (ImageNet's, it seems: such a file is for pretrained=, to train a tagger from)" if is_imagenet else ""
             raise InputError(
-                f"{self.labels} has {len(vocabulary)} classes, but {self.path} is a model of {n_classes}: "
+                f"{self.labels} has {len(vocabulary)} classes, but {self.path} is a model of {n_classes}{hint}: "
                 "give the class list that it was trained with"
             )
         return vocabulary
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {name: module.state_dict() for name, module in zip(MODULES[2:], self._modules, strict=True)}
+        return {name: module.state_dict() for name, module in zip(MODULES[2:], self._model[:2], strict=True)}
 
     def hparams(self) -> dict[str, Any]:
         if self.labels is None:
@@ -346,13 +376,13 @@ def load_pretrained_tagger(source: str | Path, modules: Mapping[str, nn.Module])
         load_into({"embedding_model": encoder}, flat({"embedding_model": trained["embedding_model"]}), source)
     except InputError as error:
         raise InputError(f"{error}. The encoders differ: choose the variant, or the encoder, that {source} has") from None
-    padding = opened.padding
-    if padding is not None and isinstance(encoder, EfficientNetEncoder) and padding != encoder.padding:
-        logger.warning(
-            "%s was trained with padding '%s', but the model pads '%s': its outputs will differ. Set the padding of "
-            "embedding_model, if that is not meant.",
-            *(source, padding, encoder.padding),
-        )
+    for name, does, kind in (("padding", "pads", EfficientNetEncoder), ("strides", "has", MobileNetV3Encoder)):
+        if isinstance(encoder, kind) and (theirs := getattr(opened, name)) and (ours := getattr(encoder, name)) != theirs:
+            logger.warning(
+                "%s was trained with %s %r, but the model %s %r: its outputs will differ. Set the %s of embedding_model, if that "
+                "is not meant.",
+                *(source, name, theirs, does, ours, name),
+            )
     taken, not_taken = [*flat({"embedding_model": trained["embedding_model"]})], list[str]()
     for name in ("compute_features", "mean_var_norm", "classifier"):
         if name in trained:

@@ -1,29 +1,43 @@
-"""`psla-import`: makes the folder of a tagger from a checkpoint of the published code."""
+"""`psla-import`: makes the folder of a tagger from a checkpoint that others have published."""
 
 import argparse
 
-PADDING = "symmetric: trained with efficientnet-pytorch 0.7.0, as official models; tensorflow: 0.7.1 (default: %(default)s)"
-N_FRAMES = "frames that it was trained on; 3000 for FSD50K (default: %(default)s)"
+DESCRIPTION = """\
+Turns a published checkpoint into the folder of a tagger: PSLA's, or one of EfficientAT's MobileNetV3, such as mn10_as_mAP_471.pt.
+Which it is is read off its tensors; what these do not tell can be given, and what was assumed is printed."""
+PADDING = "of PSLA's. symmetric: trained with efficientnet-pytorch 0.7.0, as official models (default); tensorflow: 0.7.1"
+N_FRAMES = "of PSLA's: frames that it was trained on; 3000 for FSD50K (default: 1056)"
+HOP = "of EfficientAT's: from a frame to the next (default: that of the file's name, such as hop_5, or 10)"
+MELS = "of EfficientAT's (default: those of the file's name, such as mels_40, or 128)"
+STRIDES = "of EfficientAT's (default: those of the file's name, such as s2221, or s2222)"
 
 
 def import_checkpoint(arguments: list[str] | None = None) -> None:
     """Runs `psla-import`, by default with the arguments of this process."""
-    from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
+    from psla_sb.checkpoints.efficientat import as_strides
     from psla_sb.checkpoints.sources import Published
     from psla_sb.errors import InputError
     from psla_sb.lobes.efficientnet import PADDINGS
 
-    parser = argparse.ArgumentParser("psla-import", description="Turns a PSLA checkpoint into the folder of a tagger.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .pth file of the published code")
+    parser = argparse.ArgumentParser("psla-import", description=DESCRIPTION)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file of weights, .pth or .pt")
     parser.add_argument("--labels", required=True, metavar="CSV", help="its class list, such as class_labels_indices.csv")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where to write the tagger")
-    parser.add_argument("--padding", choices=PADDINGS, default=PUBLISHED_PADDING, help=PADDING)
-    parser.add_argument("--n-frames", type=int, default=AUDIOSET_FRAMES, metavar="N", help=N_FRAMES)
-    options = parser.parse_args(arguments)
-    if options.n_frames < 1:
-        parser.error("--n-frames must be 1 or more")
+    parser.add_argument("--padding", choices=PADDINGS, help=PADDING)
+    parser.add_argument("--n-frames", type=int, metavar="N", help=N_FRAMES)
+    parser.add_argument("--hop", type=int, metavar="MS", help=HOP)
+    parser.add_argument("--mels", type=int, metavar="N", help=MELS)
+    parser.add_argument("--strides", metavar="DIGITS", help=STRIDES)
+    options = vars(parser.parse_args(arguments))
+    path, labels, out = (options.pop(name) for name in ("checkpoint", "labels", "out"))
+    for name, least in (("n_frames", 1), ("hop", 1), ("mels", 4)):
+        if options[name] is not None and options[name] < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more")
     try:
-        Published(options.checkpoint, options.labels, options.padding, options.n_frames).export(options.out)
+        options["strides"] = options["strides"] and as_strides(options["strides"])
+        source = Published(path, labels, **options)
+        source.export(out)
     except (InputError, OSError) as error:
         parser.error(str(error))
-    print(f"{options.out} is written. Tag sounds with it: psla-tag --model {options.out} FILE...")
+    print(f"{path} is read as {source.remark}.")
+    print(f"{out} is written. Tag sounds with it: psla-tag --model {out} FILE...")

@@ -8,7 +8,7 @@ from typing import Any
 NO_MODEL = """give --model FOLDER, the folder of a trained tagger. A training run writes one:
     make demo                    trains a small one in minutes, results/mini/1/tagger
     recipes/AudioSet/README.md   says how to train the real one
-    psla-import                  makes one from a checkpoint of the published PSLA code"""
+    psla-import                  makes one from a published checkpoint, PSLA's or EfficientAT's"""
 TRUST = "a Python module whose classes the model may be made of, searched in this folder too; repeatable"
 
 

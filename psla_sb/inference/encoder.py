@@ -19,9 +19,9 @@ from psla_sb.dataio.windows import covering, overlapped, windows
 from psla_sb.errors import InputError, largest_that_fits
 from psla_sb.lobes import chain
 from psla_sb.lobes.compiled import Recorded
-from psla_sb.lobes.efficientnet import EfficientNetEncoder, cast_convolutions, fold_norms
-from psla_sb.lobes.features import KaldiFbank, frame_length_and_shift, n_frames_of, true_lengths
-from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+from psla_sb.lobes.efficientnet import CONVOLUTIONAL, cast_convolutions, fold_norms
+from psla_sb.lobes.features import LogMel, frame_length_and_shift, true_lengths
+from psla_sb.lobes.pooling import AttentionPooling, ConvPooling, MeanPooling, MLPPooling
 
 # That a CPU encodes at a time. With more, activations pass the 32 MB up to which glibc keeps freed memory for the next layer, and
 # asking the system for fresh pages takes a third of the time.
@@ -31,7 +31,7 @@ WINDOW = 10.0  # seconds
 MOST_CHANNELS, LEAST_SAMPLES = 8, 256
 
 # what has faster forms
-FASTER = (EfficientNetEncoder, AttentionPooling, MeanPooling)
+FASTER = (*CONVOLUTIONAL, AttentionPooling, MeanPooling, MLPPooling, ConvPooling)
 
 FeaturesAndLens = tuple[Tensor, Tensor | None]  # [batch, frames, mels]; relative lengths, [batch]
 FeatureMap = Tensor | tuple[Tensor, ...]  # [batch, channels, freq, steps] or [batch, channels, steps]; an ensemble gives several
@@ -168,7 +168,7 @@ class SoundEncoder(Pretrained):
             return fold_norms(encoder)
         dtype = AMPConfig.from_name(self.precision).dtype
         encoder = encoder if dtype == torch.float32 else cast_convolutions(encoder, dtype)
-        return Recorded(encoder) if isinstance(encoder, EfficientNetEncoder) else encoder
+        return Recorded(encoder) if isinstance(encoder, CONVOLUTIONAL) else encoder
 
     def _fast_classifier(self, classifier: nn.Module) -> nn.Module:
         return Recorded(classifier) if self.device_type == "cuda" and isinstance(classifier, FASTER) else classifier
@@ -219,15 +219,18 @@ class SoundEncoder(Pretrained):
     def n_steps_of(self, n_samples: int | Tensor) -> Any:
         """Counts the steps of the feature map, one at least, whose middle is within so many samples: a number, or a tensor."""
         stride, shift = self._frames_per_step(), self._step[1]
-        is_kaldi = isinstance(self.mods.compute_features, KaldiFbank)
-        n_frames = n_frames_of(n_samples, self.hparams.sample_rate) if is_kaldi else n_samples // shift
-        n_steps = (n_frames + stride // 2) // stride
+        front_end = self.mods.compute_features
+        n_frames = front_end.frames_of(n_samples) if isinstance(front_end, LogMel) else n_samples // shift
+        offset = chain.step_offset(self.mods.embedding_model)
+        n_steps = (n_frames + (stride // 2 if offset is None else stride - max(1, offset))) // stride
         return n_steps.clamp(min=1) if isinstance(n_steps, Tensor) else max(1, n_steps)
 
     def step_times(self, n_steps: int) -> Tensor:
         """Gives the middles of the steps of the feature map in seconds, float64 `[steps]`."""
-        middles = torch.arange(n_steps, dtype=torch.float64) + 0.5
-        return middles * self._frames_per_step() * self._step[1] / self.hparams.sample_rate
+        stride, offset = self._frames_per_step(), chain.step_offset(self.mods.embedding_model)
+        # a step that is alone stands for all that there is
+        middles = torch.arange(n_steps, dtype=torch.float64) + (0.5 if offset is None or n_steps == 1 else offset / stride)
+        return middles * stride * self._step[1] / self.hparams.sample_rate
 
     def window_and_hop(self, window: float, hop: float) -> tuple[int, int, int]:
         """Turns seconds into samples of a window, no longer than the model takes, samples of the hop, and its whole steps."""
@@ -241,7 +244,7 @@ class SoundEncoder(Pretrained):
 
     def whole_window(self, wavs: Tensor, n_samples: int) -> tuple[Tensor, Tensor | None]:
         """Fills a recording's last piece up for front ends that cannot take any length, and gives its relative lengths."""
-        if isinstance(self.mods.compute_features, KaldiFbank) or wavs.shape[1] == n_samples or self.n_samples is not None:
+        if isinstance(self.mods.compute_features, LogMel) or wavs.shape[1] == n_samples or self.n_samples is not None:
             return wavs, None
         return F.pad(wavs, (0, n_samples - wavs.shape[1])), torch.full((len(wavs),), wavs.shape[1] / n_samples)
 

@@ -19,7 +19,7 @@ from psla_sb.files import atomic_write
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.lobes import chain
 from psla_sb.lobes.efficientnet import fold_norms
-from psla_sb.lobes.features import ENERGY_FLOOR, PREEMPHASIS, KaldiFbank, n_frames_of, n_samples_for
+from psla_sb.lobes.features import ENERGY_FLOOR, PREEMPHASIS, CentredFbank, KaldiFbank, LogMel, n_frames_of, n_samples_for
 
 TOLERANCE = 1e-4
 OPSET = 17
@@ -28,8 +28,8 @@ OPSET = 17
 class OnnxTagger(nn.Module):
     """Computes what a tagger on the CPU computes, in operations that ONNX has.
 
-    `KaldiFbank` is computed as one convolution, and so are SpeechBrain's Fourier transforms in other front ends. What else there is
-    must consist of operations that PyTorch's exporter knows.
+    `KaldiFbank` is computed as one convolution, and so are the Fourier transforms of `CentredFbank` and, in other front ends, of
+    SpeechBrain. What else there is must consist of operations that PyTorch's exporter knows.
     """
 
     kernel: Tensor
@@ -42,6 +42,7 @@ class OnnxTagger(nn.Module):
         self.sample_rate, self.n_samples = tagger.hparams.sample_rate, tagger.n_samples
         self.encoder = fold_norms(tagger.mods.embedding_model)
         self.min_frames = max(getattr(module, "_min_size", 1) for module in self.encoder.modules())
+        self.fills_up = isinstance(self.front_end, LogMel)
         if not isinstance(self.front_end, KaldiFbank):
             self.front_end = _without_complex_numbers(self.front_end)
             return
@@ -62,7 +63,7 @@ class OnnxTagger(nn.Module):
         if isinstance(self.front_end, KaldiFbank):
             feats = self._kaldi_features(wavs)
         else:
-            wavs = wavs if self.n_samples is None else F.pad(wavs, (0, self.n_samples))[:, : self.n_samples]
+            wavs = wavs if self.n_samples is None or self.fills_up else F.pad(wavs, (0, self.n_samples))[:, : self.n_samples]
             feats = chain.call(self.norm, chain.call(self.front_end, wavs, lens), lens)
         return chain.call(self.classifier, chain.call(self.encoder, feats, lens), lens).clamp(0.0, 1.0)
 
@@ -84,6 +85,37 @@ class OnnxTagger(nn.Module):
         if fbank.n_frames is None:
             return self.norm(feats).masked_fill(past_end, 0.0)
         return self.norm(feats.masked_fill(past_end, 0.0))
+
+
+class _ConvolutionalCentredFbank(nn.Module):
+    """Computes a `CentredFbank` with its Fourier transform as a convolution."""
+
+    kernel: Tensor
+
+    def __init__(self, fbank: CentredFbank):
+        super().__init__()
+        self.fbank = fbank
+        # of what the window lets through
+        self.start = (fbank.n_fft - fbank.frame_length) // 2
+        frames = torch.diag(fbank.window.double().cpu())[self.start : self.start + fbank.frame_length]
+        # without the last bin, which is in no mel filter
+        spectrum = torch.fft.rfft(frames)[:, :-1]
+        self.register_buffer("kernel", torch.cat([spectrum.real, spectrum.imag], dim=1).T[:, None].float())
+
+    def forward(self, wavs: Tensor) -> Tensor:
+        fbank, n_kept = self.fbank, self.fbank.n_frames
+        n_samples: Any = torch._shape_as_tensor(wavs)[1]
+        n_frames: Any = fbank.frames_of(n_samples)
+        # as `CentredFbank` reflects, but in tensors alone: what is computed in numbers would be constant in the file
+        half = fbank.n_fft // 2
+        least = half + 1
+        x = F.pad(wavs[:, 1:] - PREEMPHASIS * wavs[:, :-1], (0, least))
+        last: Any = torch.clamp(n_samples - 1, min=least) - 1
+        index = torch.arange(self.start - half, last + 1 + half).abs()
+        x = x[:, torch.where(index > last, 2 * last - index, index)]
+        real, imag = F.conv1d(x[:, None], self.kernel, stride=fbank.frame_shift).transpose(1, 2).chunk(2, dim=2)
+        feats = ((real.square() + imag.square()) @ fbank.mel_banks[:-1] + 1e-5).log()[:, :n_frames]
+        return feats if n_kept is None else F.pad(feats, (0, 0, 0, n_kept))[:, :n_kept]
 
 
 class _ConvolutionalSTFT(nn.Module):
@@ -108,7 +140,9 @@ class _ConvolutionalSTFT(nn.Module):
 
 
 def _without_complex_numbers(module: nn.Module) -> nn.Module:
-    """The module, whose SpeechBrain Fourier transforms, which the exporter does not know, have become convolutions."""
+    """The module, whose Fourier transforms, which the exporter does not know, have become convolutions."""
+    if isinstance(module, CentredFbank):
+        return _ConvolutionalCentredFbank(module)
     if isinstance(module, STFT):
         return _ConvolutionalSTFT(module)
     for name, child in list(module.named_children()):

@@ -111,6 +111,8 @@ class AudioTagger(SoundEncoder):
     ) -> "AudioTagger":
         """Loads a `.pth` file of the published PSLA code; `psla-import` writes it as a folder, which loads faster and by itself.
 
+        `from_any(path, labels)` loads EfficientAT's files as well.
+
         Arguments
         ---------
         labels

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.features import KaldiFbank, full_float32, n_samples_for, true_lengths
+from psla_sb.lobes.features import LogMel, full_float32, n_samples_for, true_lengths
 
 MODULES = ("compute_features", "mean_var_norm", "embedding_model", "classifier")
 SHAPES = {
@@ -72,15 +72,14 @@ def features(
     """Computes normalised features `[batch, frames, mels]`, float32, and their relative lengths, of waveforms `[batch, samples]`.
 
     `augment` is done to the features before they are normalised. Waveforms are cut or filled up to `n_samples`, so that a clip's
-    features do not depend on the batch that it is in; a `KaldiFbank` does this by itself, to its `n_frames`.
+    features do not depend on the batch that it is in; a `LogMel`, such as `KaldiFbank`, does this by itself, to its `n_frames`.
     """
     front_end = unwrapped(modules["compute_features"])
     lens = torch.ones(len(wavs), device=wavs.device) if wav_lens is None else wav_lens.to(wavs.device)
     length = wavs.shape[1]
     with full_float32(wavs.device):
-        if isinstance(front_end, KaldiFbank):
-            feats, n_frames = call(modules["compute_features"], wavs, wav_lens), front_end.n_frames
-            n_samples = n_samples_for(n_frames, front_end.sample_rate)
+        if isinstance(front_end, LogMel):
+            feats, n_samples = call(modules["compute_features"], wavs, wav_lens), front_end.n_samples
         else:
             wavs = wavs if n_samples is None else F.pad(wavs, (0, n_samples - wavs.shape[1]))
             feats = call(modules["compute_features"], wavs, rescaled(lens, length, n_samples))
@@ -107,9 +106,9 @@ def by_length(function: Callable[[Tensor], Tensor], wavs: Tensor, wav_lens: Tens
 
 
 def n_samples_of(modules: Mapping[str, Any], n_frames: int | None, sample_rate: int) -> int | None:
-    """How many samples of a clip a model takes: a `KaldiFbank` itself knows its frames; None if it takes all."""
+    """How many samples of a clip a model takes: a `LogMel` itself knows its frames; None if it takes all."""
     front_end = unwrapped(modules["compute_features"])
-    return n_samples_for(front_end.n_frames if isinstance(front_end, KaldiFbank) else n_frames, sample_rate)
+    return front_end.n_samples if isinstance(front_end, LogMel) else n_samples_for(n_frames, sample_rate)
 
 
 def rescaled(lens: Tensor, n_given: int, n_samples: int | None) -> Tensor:
@@ -324,3 +323,16 @@ def frames_per_step(encoder: Any, n_frames: int, n_mels: int) -> int | None:
                 continue
             return round((other - n_frames) / difference) if difference else None
     return round(n_frames / steps) if steps > 1 else None
+
+
+def step_offset(encoder: Any) -> int | None:
+    """Gives the frame on which the first step of the feature map is centred: an encoder's attribute; None for half a step.
+
+    Example
+    -------
+    >>> from psla_sb.lobes.mobilenet import MobileNetV3Encoder
+    >>> step_offset(MobileNetV3Encoder(0.1)), step_offset(nn.Conv1d(64, 8, kernel_size=9, stride=4))
+    (0, None)
+    """
+    found = {getattr(member, "step_offset", None) for member in getattr(encoder, "members", [encoder])}
+    return found.pop() if len(found) == 1 else None

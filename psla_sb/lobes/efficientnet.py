@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from psla_sb.errors import InputError
 from psla_sb.files import one_process
 from psla_sb.lobes.fused import depthwise, norm_act, squeeze_excite
+from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 
 # Lite: width, depth, size of the images that it was made for, which decides how it pads
 LITE = {
@@ -233,29 +234,36 @@ def _lite_params(variant: str, options: dict[str, Any], width: float = 0, depth:
     return scaled, params._replace(width_coefficient=None, depth_coefficient=None)
 
 
+# of convolutions with batch normalisations after them
+CONVOLUTIONAL = (EfficientNetEncoder, MobileNetV3Encoder)
+
+
 def cast_convolutions(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Makes a copy for evaluation under autocast, whose `EfficientNetEncoder`s have weights as autocast would cast them."""
+    """Makes a copy for evaluation under autocast, whose `CONVOLUTIONAL` encoders have weights as autocast would cast them."""
     module = copy.deepcopy(module)
-    for encoder in [part for part in module.modules() if isinstance(part, EfficientNetEncoder)]:
+    for encoder in [part for part in module.modules() if isinstance(part, CONVOLUTIONAL)]:
         for conv in [part for part in encoder.modules() if isinstance(part, nn.Conv2d)]:
             conv.to(dtype)
     return module
 
 
 def fold_norms(module: nn.Module) -> nn.Module:
-    """Makes a copy for evaluation, whose `EfficientNetEncoder`s compute the same but for rounding, in fewer passes over memory.
+    """Makes a copy for evaluation, whose `CONVOLUTIONAL` encoders compute the same but for rounding, in fewer passes over memory.
 
     Each batch normalisation goes into the convolution before it, each padding too; activations overwrite what they are given.
     """
     module = copy.deepcopy(module)
-    for part in [part for encoder in module.modules() if isinstance(encoder, EfficientNetEncoder) for part in encoder.modules()]:
-        # the package registers every normalisation right after its convolution
+    for part in [part for encoder in module.modules() if isinstance(encoder, CONVOLUTIONAL) for part in encoder.modules()]:
+        # every normalisation is registered right after its convolution
         for (conv_name, conv), (norm_name, norm) in pairwise(list(part.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(part, conv_name, _padded_alike(fuse_conv_bn_eval(conv, norm)))
                 setattr(part, norm_name, nn.Identity())
         if hasattr(part, "_swish"):
-            part._swish = type(part._swish)(inplace=True)
+            kind: Any = type(part._swish)
+            part._swish = kind(inplace=True)
+        elif isinstance(part, nn.ReLU | nn.Hardswish):
+            part.inplace = True
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's annotations lack it
 
 
@@ -265,8 +273,9 @@ def _padded_alike(conv: nn.Conv2d) -> nn.Conv2d:
     pixels   . x x x x . .      1 before, 2 after        kernel     k k k
     the same . . x x x x . .    2 before, 2 after                 0 k k k
     """
-    if isinstance(conv.static_padding, nn.ZeroPad2d):
-        before, after = conv.static_padding.padding[:2]
+    padding = getattr(conv, "static_padding", None)
+    if isinstance(padding, nn.ZeroPad2d):
+        before, after = padding.padding[:2]
         zeros = after - before
         conv.weight = nn.Parameter(F.pad(conv.weight.detach(), (zeros, 0, zeros, 0)), requires_grad=False)
         conv.kernel_size, conv.padding, conv.static_padding = conv.weight.shape[2:], (after, after), nn.Identity()

@@ -1,6 +1,7 @@
 """From an encoder's feature map to class probabilities, in float32 whatever the encoder's precision.
 
-Formulas: Gong, Chung, Glass, "PSLA", IEEE/ACM TASLP 29, 2021, section III. Parameters are named as in the published checkpoints.
+Formulas of attention and mean: Gong, Chung, Glass, "PSLA", IEEE/ACM TASLP 29, 2021, section III, with the published checkpoints'
+names of parameters. `MLPPooling` and `ConvPooling` are the heads of EfficientAT (Schmid, Koutini, Widmer, arXiv 2211.04772).
 """
 
 from collections.abc import Iterable
@@ -123,3 +124,87 @@ class MeanPooling(nn.Module):
         """Scores each step, sigmoid(C x), for timelines: `[batch, classes, steps]`."""
         with full_float32(feature_map.device):
             return _sigmoid_of(self.cla, _steps(feature_map)).transpose(1, 2)
+
+
+class MLPPooling(nn.Module):
+    """Gives probabilities `[batch, classes]` of the feature map's mean over frequency and time, by a network of one hidden layer.
+
+    sigmoid(W dropout(hardswish(V x + b)) + c). In EfficientAT's files V is `classifier.2`, and W is `classifier.5`.
+
+    Arguments
+    ---------
+    hidden
+        Size of the hidden layer; 1280 times the width, rounded to 8, in EfficientAT's networks.
+    dropout
+        Share of the hidden layer that is left out in training.
+
+    Example
+    -------
+    >>> MLPPooling(in_channels=384, n_classes=527, hidden=512)(torch.rand(2, 384, 4, 32)).shape
+    torch.Size([2, 527])
+    """
+
+    def __init__(self, in_channels: int, n_classes: int, hidden: int = 1280, dropout: float = 0.2) -> None:
+        super().__init__()
+        _check_sizes(in_channels=in_channels, n_classes=n_classes, hidden=hidden)
+        self.hidden, self.output = nn.Linear(in_channels, hidden), nn.Linear(hidden, n_classes)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.hidden, self.output):
+            nn.init.normal_(layer.weight, 0, 0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        with full_float32(feature_map.device):
+            return self._probabilities(_steps(feature_map).mean(1))
+
+    def segment_scores(self, feature_map: Tensor) -> Tensor:
+        """Scores each step as if it was the clip, for timelines: `[batch, classes, steps]`."""
+        with full_float32(feature_map.device):
+            return self._probabilities(_steps(feature_map)).transpose(1, 2)
+
+    def _probabilities(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(_linear(self.output, self.dropout(F.hardswish(_linear(self.hidden, x)))))
+
+
+class ConvPooling(nn.Module):
+    """Gives probabilities `[batch, classes]`: the sigmoid of the mean, over the feature map, of a normalised 1x1 convolution.
+
+    In EfficientAT's files ("fully convolutional", `_fc`) the convolution, which has no bias, is `classifier.0`, and its batch
+    normalisation `classifier.1`.
+
+    Example
+    -------
+    >>> ConvPooling(in_channels=960, n_classes=527)(torch.rand(2, 960, 4, 32)).shape
+    torch.Size([2, 527])
+    """
+
+    def __init__(self, in_channels: int, n_classes: int) -> None:
+        super().__init__()
+        _check_sizes(in_channels=in_channels, n_classes=n_classes)
+        self.conv, self.norm = nn.Conv2d(in_channels, n_classes, kernel_size=1, bias=False), nn.BatchNorm2d(n_classes)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        with full_float32(feature_map.device):
+            return torch.sigmoid(self._logits(feature_map).mean(2))
+
+    def segment_scores(self, feature_map: Tensor) -> Tensor:
+        """Scores each step, the sigmoid of its mean over frequency, for timelines: `[batch, classes, steps]`."""
+        with full_float32(feature_map.device):
+            return torch.sigmoid(self._logits(feature_map))
+
+    def _logits(self, feature_map: Tensor) -> Tensor:
+        """Scores each step before the sigmoid, `[batch, classes, steps]`."""
+        if not self.norm.training:
+            # both are linear, so the mean over frequency may come first
+            x = _steps(feature_map)
+            x = float32_matmul(x, self.conv.weight.flatten(1).T).transpose(1, 2)
+            return self.norm(x[:, :, None])[:, :, 0]
+        # [batch, channels, freq, steps] -> [batch, freq, steps, classes]
+        x = feature_map.float() if feature_map.dim() == 4 else feature_map.float()[:, :, None]
+        x = float32_matmul(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1).T)
+        return self.norm(x.permute(0, 3, 1, 2)).mean(2)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return float32_matmul(x, layer.weight.T) + layer.bias

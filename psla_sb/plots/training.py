@@ -16,7 +16,7 @@ from psla_sb.checkpoints.run_folder import prediction_path, read_results
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
-from psla_sb.lobes.features import KaldiFbank, n_frames_of
+from psla_sb.lobes.features import LogMel
 from psla_sb.metrics import average_precision
 from psla_sb.plots import page as common
 from psla_sb.plots.page import GREY, ORANGE, PAGE_WIDTH, ROW_HEIGHT, legend_above, log_counts, page, shorten
@@ -198,9 +198,9 @@ def write_pictures(brain: Any, dataset: Any, name: str, vocabulary: Vocabulary, 
         with torch.inference_mode():
             wavs = item["sig"][None].to(brain.device)
             features = chain.call(front_end, wavs, torch.ones(1, device=wavs.device))[0].cpu().numpy()
-        if isinstance(front_end, KaldiFbank):
+        if isinstance(front_end, LogMel):
             # without the padding, whose 0.0 would be the loudest sound
-            features = features[: n_frames_of(len(item["sig"]), rate)]
+            features = features[: front_end.frames_of(len(item["sig"]))]
         labels = [vocabulary.names[c] for c in np.flatnonzero(targets[row])]
         tags = [(vocabulary.names[c], float(average[row, c])) for c in np.argsort(-average[row], kind="stable")[:N_TAGS]]
         clips.append({"title": item["id"], "features": features, "shift": shift, "labels": labels, "tags": tags})
