@@ -51,6 +51,8 @@ setup(
             "onnxruntime",
             "tensorboard",
             "wandb",
+            # for examples/plugin
+            "timm>=1.0",
         ],
     },
     entry_points={

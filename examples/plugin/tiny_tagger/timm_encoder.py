@@ -1,7 +1,6 @@
 """Networks of timm as encoders for psla_sb: about a thousand, of which those can be used that have a feature map over time."""
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -92,10 +91,12 @@ class TimmEncoder(nn.Module):
             maps = [self.network(torch.zeros(1, 1, MEL_BINS, width)) for width in WIDTHS]
             shapes = [list(feature_map.shape) for feature_map in maps]
         except Exception as error:  # as many ways to refuse as there are networks
-            raise InputError(f"timm's {self.name} takes no features of {WIDTHS[0]} frames: {type(error).__name__}: {error}") from None
+            size = f"{WIDTHS[0]} frames and {MEL_BINS} mels"
+            raise InputError(f"timm's {self.name} takes no features of {size}: {type(error).__name__}: {error}") from None
         grown = [axis for axis, (one, other) in enumerate(zip(*shapes, strict=True)) if one != other]
         if len(shapes[0]) != 4 or grown not in ([2], [3]):
-            raise InputError(f"timm's {self.name} has no feature map over time: it gives {shapes[0]} and {shapes[1]} for {WIDTHS} frames")
+            given = " and ".join(f"{shape} for {width} frames" for shape, width in zip(shapes, WIDTHS, strict=True))
+            raise InputError(f"timm's {self.name} has no feature map over time: it gives {given}")
         # some networks compute, and answer, in [batch, freq, steps, channels]
         self.channels_come_last, time = grown == [2], grown[0]
         self.out_channels = shapes[0][3 if self.channels_come_last else 1]
@@ -116,10 +117,10 @@ class TimmEncoder(nn.Module):
             state, source = encoder_state(read_state(pretrained)), str(pretrained)
             # of an exported folder, or a snapshot, of this class
             state = {key.removeprefix("network."): value for key, value in state.items()}
-        own, about = self.network.state_dict(), self.network.pretrained_cfg
-        heads = tuple(f"{name}." for name in _names(about, "classifier"))
+        own = self.network.state_dict()
+        heads = tuple(f"{name}." for name in self._names_of("classifier"))
         state = {key: value for key, value in state.items() if key in own or not key.startswith(heads)}
-        for name in _names(about, "first_conv"):
+        for name in self._names_of("first_conv"):
             weight, mine = state.get(f"{name}.weight"), own.get(f"{name}.weight")
             if weight is not None and mine is not None and weight.shape[1:2] == (3,) and mine.shape[1] == 1:
                 state[f"{name}.weight"] = weight.sum(1, keepdim=True) if stem == "sum" else mine
@@ -135,6 +136,11 @@ class TimmEncoder(nn.Module):
             raise InputError(f"{source}: not weights of timm's {self.name}: {'; '.join(problems[:3])}{more}")
         refuse_nan(state, source)
         self.network.load_state_dict(state, strict=False)
+
+    def _names_of(self, key: str) -> list[str]:
+        """The names of layers in timm's description of a network: none, one or several."""
+        found = self.network.pretrained_cfg.get(key)
+        return [found] if isinstance(found, str) else list(found or ())
 
     def forward(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
         """Encodes normalised features; `lens` is not used, but SpeechBrain's encoders take it."""
@@ -170,9 +176,3 @@ def _downloaded(name: str) -> dict[str, Tensor]:
             f"timm's weights of {name} cannot be downloaded ({type(error).__name__}: {error}). Download model.safetensors of "
             f"https://huggingface.co/timm elsewhere, and give its path"
         ) from None
-
-
-def _names(about: Mapping | object, key: str) -> list[str]:
-    """The names of layers in timm's description of a network: none, one or several."""
-    found = about.get(key) if isinstance(about, Mapping) else getattr(about, key, None)
-    return [found] if isinstance(found, str) else list(found or ())
