@@ -82,11 +82,12 @@ def test_wrapped_checkpoints_are_imported(name, trained, labels, tmp_path):
             assert torch.equal(value, state[f"{part}.{key}"]), key
 
 
-@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module.module.", "within"])
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "module.module.", "within", "published"])
 def test_wrapped_snapshots_start_a_training(wrap, trained, tmp_path):
     encoder, pooling, _ = trained
-    name = "{}._orig_mod." if wrap == "within" else f"{wrap}{{}}."
-    parts = {"embedding_model": encoder, "classifier": pooling}
+    name = "{}._orig_mod." if wrap == "within" else "{}." if wrap == "published" else f"{wrap}{{}}."
+    names = ("effnet", "attention") if wrap == "published" else ("embedding_model", "classifier")
+    parts = dict(zip(names, (encoder, pooling), strict=True))
     state = {name.format(part) + key: value.contiguous() for part in parts for key, value in parts[part].state_dict().items()}
     save_file({key: value for key, value in state.items() if "num_batches" not in key}, tmp_path / "one.safetensors")
     modules = {"embedding_model": EfficientNetEncoder("b0"), "classifier": AttentionPooling(1280, 3, n_heads=2)}
@@ -189,6 +190,34 @@ def test_what_a_foreign_safetensors_file_looks_like_is_said(name, tmp_path):
     path.write_bytes(content) if isinstance(content, bytes) else save_file(content.get("model", content), path)
     with pytest.raises(InputError, match=rf"model\.safetensors: .*{message}"):
         load_pretrained_tagger(path, {"embedding_model": EfficientNetEncoder("b0"), "classifier": nn.Identity()})
+
+
+def test_own_snapshots_of_a_part_with_the_same_names_are_not_foreign(tmp_path):
+    parts = {"embedding_model": nn.ModuleDict({"v": nn.ModuleDict({"patch_embed": nn.ModuleDict({"proj": nn.Linear(1, 1)})})})}
+    parts["classifier"] = nn.ModuleDict({"mlp_head": nn.Linear(1, 1)})
+    save_weights(parts, tmp_path / "one.safetensors")
+    assert "embedding_model.v.patch_embed.proj.weight" in load_weights(tmp_path / "one.safetensors")
+    assert load_pretrained_tagger(tmp_path / "one.safetensors", parts).not_taken == []
+    whole = (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "one.safetensors").write_bytes(whole[:-1])
+    with pytest.raises(InputError, match="not a whole safetensors file") as caught:
+        load_pretrained_tagger(tmp_path / "one.safetensors", parts)
+    assert "AST" not in str(caught.value)
+
+
+def test_a_part_with_names_of_wrappers_keeps_them(tmp_path):
+    """What the file and the model call alike is left alone, whatever it is called."""
+    parts = {
+        "embedding_model": nn.ModuleDict({"module": nn.Linear(1, 1), "_orig_mod": nn.Linear(1, 1)}),
+        "classifier": nn.Linear(1, 1),
+    }
+    save_weights(parts, tmp_path / "one.safetensors")
+    before = {key: value.clone() for key, value in parts["embedding_model"].state_dict().items()}
+    for value in parts["embedding_model"].parameters():
+        nn.init.zeros_(value)
+    load_pretrained_tagger(tmp_path / "one.safetensors", parts)
+    for key, value in parts["embedding_model"].state_dict().items():
+        assert torch.equal(value, before[key]), key
 
 
 def test_weights_without_a_pooling_and_own_snapshots_say_where_to_give_them(trained, labels, tmp_path, capsys):

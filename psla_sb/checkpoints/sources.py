@@ -238,8 +238,9 @@ class Published(Source):
 
     def hparams(self) -> dict[str, Any]:
         if self.labels is None:
-            # a file that is none is said first
-            self._modules  # noqa: B018
+            if self.path.is_file():
+                # what is no such checkpoint is said first
+                load_psla_checkpoint(self.path, self.padding)
             raise InputError(f"{self.path}: a checkpoint of the published code needs a class list beside it, see --labels")
         return super().hparams()
 
