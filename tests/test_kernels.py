@@ -44,21 +44,23 @@ def interpreted(program):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("activate", [True, False])
-def test_normalisation(activate):
+@pytest.mark.parametrize("activation", ["Identity", "SiLU", "ReLU6"])
+def test_normalisation(activation):
     interpreted(f"""
+        act = nn.{activation}()
+        activate = fused.ACTIVATIONS.get(type(act), 0)
         for shape in ((3, 16, 9, 13), (2, 144, 5, 7), (1, 24, 3, 1), (4, 88, 11, 5)):
             x, C = last(*shape, mean=3.0), shape[1]
             weight, bias = (torch.randn(C, requires_grad=True) for _ in range(2))
             mean, var = torch.zeros(C), torch.ones(C)
             expected = F.batch_norm(x, mean, var, weight, bias, True, 1.0, 1e-3)
-            found, of_norm = fused._NormAct.apply(x, weight, bias, 1e-3, {activate})
-            check(found, F.silu(expected) if {activate} else expected, (x, weight, bias))
+            found, of_norm = fused._NormAct.apply(x, weight, bias, 1e-3, activate)
+            check(found, act(expected), (x, weight, bias))
             assert torch.allclose(of_norm[0], mean, atol=1e-5) and torch.allclose(of_norm[4], var, rtol=1e-4)
             norm = nn.BatchNorm2d(C, eps=1e-3).eval()
             norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2)
-            found = fused._normalized(x, {activate}, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
-            assert torch.allclose(found, F.silu(norm(x)) if {activate} else norm(x), atol=1e-5)
+            found = fused._normalized(x, activate, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+            assert torch.allclose(found, act(norm(x)), atol=1e-5)
     """)
 
 

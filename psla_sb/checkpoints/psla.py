@@ -18,7 +18,7 @@ from torch import nn
 from psla_sb.checkpoints.weights import below, load_into, read_tensors
 from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
-from psla_sb.lobes.efficientnet import VARIANTS, EfficientNetEncoder
+from psla_sb.lobes.efficientnet import LITE, VARIANTS, EfficientNetEncoder
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
 from psla_sb.lobes.pretrained import WRAPPERS, refuse_family, refuse_nan, unwrapped_names
 
@@ -133,7 +133,7 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
 def _layouts() -> dict[str, dict[str, torch.Size]]:
     """Each variant's names and shapes."""
     with torch.device("meta"):
-        return {variant: _shapes(EfficientNetEncoder(variant).state_dict()) for variant in VARIANTS}
+        return {variant: _shapes(EfficientNetEncoder(variant).state_dict()) for variant in VARIANTS if variant not in LITE}
 
 
 def _variant_of(state: Mapping[str, torch.Tensor]) -> str | None:

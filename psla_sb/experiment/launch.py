@@ -133,8 +133,8 @@ def start_processes(run_opts: RunOptions, knows_dry_run: bool = False) -> RunOpt
     """
     if getattr(run_opts, "dry_run", False) and not knows_dry_run:
         raise InputError("--dry_run is an option of train.py and ablate.py")
-    if run_opts.device == "cuda" or (run_opts.device is None and torch.cuda.is_available()):
-        # SpeechBrain complains of one that does not say which
+    if run_opts.device == "cuda":
+        # of several, that of this process
         device = f"cuda:{get_local_rank() or 0}"
         run_opts = dataclasses.replace(run_opts, device=device, overridden_args=run_opts.overridden_args)
     defaults: dict[str, Any] = {}

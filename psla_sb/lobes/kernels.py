@@ -6,7 +6,7 @@ An activation `[batch, channels, height, width]` in channels-last memory is a ma
     row 1    c0 c1 c2 ... c(C-1)        first taken by hundreds of programs, each of its own rows, then added up
     ...
 
-Passes over memory of a batch normalisation with SiLU in training, there and back: PyTorch 15, here 8. In float32 within.
+Passes over memory of a batch normalisation with its activation in training, there and back: PyTorch 15, here 8. In float32 within.
 """
 
 import triton
@@ -17,6 +17,8 @@ TILE = 4096  # of 8 warps: 16 values a thread
 # More programs that sum up rows do not read faster, but make more to add up.
 MOST_PARTS = 1024
 PROGRAMS = 2112
+# ways of ACTIVATE
+NONE, SILU, RELU6 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 def tile(n_channels: int) -> dict[str, int]:
@@ -120,7 +122,7 @@ def normalized(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Normalises if asked, scales and shifts each channel, then SiLU if asked."""
+    """Normalises if asked, scales and shifts each channel, then activates."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_channel = c < C
@@ -132,15 +134,19 @@ def normalized(
         factor = factor / tl.sqrt_rn((tl.load(var + c, mask=is_channel, other=1.0) + eps).to(tl.float32))
         term = term - tl.load(mean + c, mask=is_channel, other=0.0) * factor
     y = tl.load(x + at, mask=mask, other=0.0).to(tl.float32) * factor[None, :] + term[None, :]
-    if ACTIVATE:
+    if ACTIVATE == SILU:
         y = y / (1.0 + tl.exp(-y))
+    if ACTIVATE == RELU6:
+        y = tl.minimum(tl.maximum(y, 0.0), 6.0)
     tl.store(out + at, y, mask=mask)
 
 
 @triton.jit
-def _gradient_before_silu(value, gradient, scale, shift, ACTIVATE: tl.constexpr):
-    if ACTIVATE:
-        y = value * scale + shift
+def _gradient_before_activation(value, gradient, scale, shift, ACTIVATE: tl.constexpr):
+    y = value * scale + shift
+    if ACTIVATE == RELU6:
+        gradient = tl.where((y > 0.0) & (y < 6.0), gradient, 0.0)
+    if ACTIVATE == SILU:
         gate = 1.0 / (1.0 + tl.exp(-y))
         gradient = gradient * gate * (1.0 + y * (1.0 - gate))
     return gradient
@@ -168,7 +174,7 @@ def gradient_sums(
         at = rows[:, None] * C + c[None, :]
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-        g = _gradient_before_silu(value, g, scale, shift, ACTIVATE)
+        g = _gradient_before_activation(value, g, scale, shift, ACTIVATE)
         total += g
         products += g * (value - mean) * inverse
     tl.store(sums + part * 2 * C + c, tl.sum(total, 0), mask=is_channel)
@@ -204,7 +210,7 @@ def gradient_of_norm(
     mean_product = tl.load(sums + C + c, mask=is_channel, other=0.0)[None, :] / n_rows
     value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gradient + at, mask=mask, other=0.0).to(tl.float32)
-    g = _gradient_before_silu(value, g, scale, shift, ACTIVATE)
+    g = _gradient_before_activation(value, g, scale, shift, ACTIVATE)
     tl.store(out + at, scale * (g - mean_gradient - (value - mean) * inverse * mean_product), mask=mask)
 
 
