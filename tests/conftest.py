@@ -1,10 +1,13 @@
 """Fixtures that several test files share."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from runs import TINY, TRAIN, command, run
+from runs import REPOSITORY, TINY, TRAIN, command, run
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +26,17 @@ def tiny_run(mini_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     done = run(command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=folder, device=None), cwd=folder)
     return folder, json.loads((folder / "results.json").read_text()), done
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+    """A copy of examples/plugin, and where it is installed: where only tests look that ask for it."""
+    pytest.importorskip("setuptools")
+    source = shutil.copytree(REPOSITORY / "examples" / "plugin", tmp_path_factory.mktemp("plugin") / "source")
+    target = source.parent / "site"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target), str(source)]
+    subprocess.run(pip, check=True, capture_output=True)
+    return source, target
 
 
 @pytest.fixture(scope="session")

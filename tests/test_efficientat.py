@@ -10,7 +10,8 @@ from published_networks import EMBEDDINGS, LOGITS, layout, seeded, waveform
 
 from psla_sb import hear
 from psla_sb.checkpoints.efficientat import as_strides, load_efficientat_checkpoint, untold_of
-from psla_sb.checkpoints.sources import load_pretrained_tagger, open_source
+from psla_sb.checkpoints.sources import open_source
+from psla_sb.checkpoints.transfer import load_pretrained_tagger
 from psla_sb.cli.import_psla import import_checkpoint
 from psla_sb.errors import InputError
 from psla_sb.inference.onnx_export import export_onnx

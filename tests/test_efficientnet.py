@@ -217,8 +217,8 @@ def test_files_without_batch_counters(imagenet_state, save):
         (lambda state: state.pop("_bn0.weight"), "_bn0.weight is missing"),
         (lambda state: state.update(extra=torch.zeros(1)), "extra is unknown"),
         (lambda state: state.update({"_bn0.bias": torch.zeros(5)}), r"_bn0.bias is \[5\] and should be \[32\]"),
-        (lambda state: state.update({"_bn0.bias": 1.0}), r"_bn0.bias is \[\] and should be \[32\]"),
-        (lambda state: state.update({"_conv_stem.weight": torch.zeros(32, 1, 3, 3)}), r"should be \[32, 3, 3, 3\]"),
+        (lambda state: state.update({"_bn0.bias": torch.tensor(1.0)}), r"_bn0.bias is \[\] and should be \[32\]"),
+        (lambda state: state.update({"_conv_stem.weight": torch.zeros(32, 2, 3, 3)}), r"should be \[32, 3, 3, 3\]"),
     ],
 )
 def test_changed_files_are_refused(imagenet_state, save, change, message):
@@ -227,6 +227,11 @@ def test_changed_files_are_refused(imagenet_state, save, change, message):
     with pytest.raises(InputError, match=message) as error:
         EfficientNetEncoder("b0", pretrained=save(state))
     assert "weights.pth: not efficientnet_pytorch's weights of efficientnet-b0" in str(error.value)
+
+
+def test_a_file_that_holds_more_than_tensors_is_refused(imagenet_state, save):
+    with pytest.raises(InputError, match=r"weights\.pth: '_bn0.bias' is not a name with a plain tensor"):
+        EfficientNetEncoder("b0", pretrained=save({**imagenet_state, "_bn0.bias": 1.0}))
 
 
 def test_another_variants_file_is_refused(imagenet_state, save):

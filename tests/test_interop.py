@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from psla_sb.checkpoints.psla import load_psla_checkpoint, save_psla_checkpoint
-from psla_sb.checkpoints.sources import Published, load_pretrained_tagger
+from psla_sb.checkpoints.sources import Published
+from psla_sb.checkpoints.transfer import load_pretrained_tagger
 from psla_sb.checkpoints.weights import load_into, load_weights, save_weights
 from psla_sb.cli.import_psla import import_checkpoint as main
 from psla_sb.errors import InputError
@@ -289,7 +290,9 @@ def test_cut_off_files(save, small_state, size):
         ([torch.zeros(1)], "holds a list"),
         (torch.zeros(1), "holds a Tensor"),
         ({"module.effnet._bn0.weight": "tensor"}, "'module.effnet._bn0.weight' is not a name with a plain tensor"),
-        ({"state_dict": {"effnet._bn0.weight": torch.zeros(32)}}, "'state_dict' is not a name with a plain tensor"),
+        ({"state_dict": {"attention.cla.weight": torch.zeros(3, 1280, 1, 1)}}, r"no tensor 'effnet\.\*'"),
+        ({"state_dict": {"effnet._bn0.weight": "tensor"}}, "'effnet._bn0.weight' is not a name with a plain tensor"),
+        ({"state_dict": "elsewhere"}, "'state_dict' is not a name with a plain tensor"),
         ({7: torch.zeros(1)}, "7 is not a name with a plain tensor"),
         ({"effnet._bn0.weight": torch.zeros(32).to_sparse()}, "'effnet._bn0.weight' is not a name with a plain tensor"),
         ({"effnet._bn0.weight": torch.zeros(32, device="meta")}, "'effnet._bn0.weight' is not a name with a plain tensor"),

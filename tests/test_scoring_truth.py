@@ -54,10 +54,17 @@ def test_members_of_other_lengths_have_their_own_centre(lively_runs, clips, tmp_
 def test_a_score_that_is_no_number_is_never_published(lively_runs, clips, tmp_path):
     broken = tmp_path / "run" / "snapshots" / "epoch_01.safetensors"
     state = load_weights(snapshot_path(lively_runs / "a", 1))
-    state["classifier.att.0.weight" if "classifier.att.0.weight" in state else next(iter(state))].fill_(float("nan"))
+    name = "classifier.att.0.weight" if "classifier.att.0.weight" in state else next(iter(state))
+    for file in ("hyperparams.yaml", "class_labels_indices.csv"):
+        (tmp_path / "run" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / file).write_bytes((lively_runs / "a" / file).read_bytes())
+    state[name].fill_(float("nan"))
     write_tensors(state, broken)
-    for name in ("hyperparams.yaml", "class_labels_indices.csv"):
-        (tmp_path / "run" / name).write_bytes((lively_runs / "a" / name).read_bytes())
+    with pytest.raises(InputError, match=rf"epoch_01\.safetensors: .* of '{name}' are NaN"):
+        score({"good": snapshot_path(lively_runs / "a", 1), "bad": broken}, *clips, tmp_path / "scores")
+    # infinite weights are not refused by themselves
+    state[name].fill_(float("inf"))
+    write_tensors(state, broken)
     with pytest.raises(InputError, match=r"bad: what it scores clip '.*' \(.*\) is not a number"):
         score({"good": snapshot_path(lively_runs / "a", 1), "bad": broken}, *clips, tmp_path / "scores")
     assert not [path for path in (tmp_path / "scores").iterdir() if not path.name.startswith("tmp+")]

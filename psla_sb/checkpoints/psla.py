@@ -20,6 +20,7 @@ from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
 from psla_sb.lobes.efficientnet import LITE, VARIANTS, EfficientNetEncoder
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
+from psla_sb.lobes.pretrained import WRAPPERS, bare, refuse_family, refuse_nan, unwrapped_names
 
 # efficientnet-pytorch 0.7.0, with which the published models were trained, pads so
 PUBLISHED_PADDING = "symmetric"
@@ -47,8 +48,8 @@ def load_psla_checkpoint(
 ) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
     """Loads the model in a checkpoint of the published code, or of others that use its layout, in evaluation mode, on the CPU.
 
-    Variant, kind of pooling, heads and classes are read off the tensors. Keys with and without `module.` are read; leftovers of
-    the ImageNet classifier (`effnet._fc.*`) are ignored. Code in the file is never run.
+    Variant, kind of pooling, heads and classes are read off the tensors. Keys with and without `module.` and `_orig_mod.` are
+    read; leftovers of the ImageNet classifier (`effnet._fc.*`) are ignored. Code in the file is never run.
 
     Arguments
     ---------
@@ -75,19 +76,22 @@ def load_psla_checkpoint(
 
 def is_psla(state: Mapping[str, torch.Tensor]) -> bool:
     """Says whether a state dict looks like a published checkpoint."""
-    return any(key.removeprefix("module.").startswith("effnet.") for key in state)
+    return any(bare(key).startswith("effnet.") for key in state)
 
 
 def psla_modules(
     state: Mapping[str, torch.Tensor], path: str | Path, padding: str = PUBLISHED_PADDING
 ) -> tuple[EfficientNetEncoder, AttentionPooling | MeanPooling]:
     """Builds what `load_psla_checkpoint` returns, of a state dict."""
-    prefix = "module." if any(key.startswith("module.") for key in state) else ""
+    state = {key.replace("._orig_mod.", "."): value for key, value in state.items()}
+    refuse_family(state, path)
+    prefix = next((found[1] for key in state if (found := re.match(rf"((?:(?:{'|'.join(WRAPPERS)})\.)*)effnet\.", key))), "")
     effnet, attention = f"{prefix}effnet", f"{prefix}attention"
     state = {key: value for key, value in state.items() if not key.startswith(f"{effnet}._fc.")}
     variant = _variant_of(below(effnet, state))
     if variant is None:
-        raise InputError(f"{path}: not a PSLA checkpoint: it has no tensor 'effnet.*' of an EfficientNet")
+        raise InputError(f"{path}: not a PSLA checkpoint: it has no tensor 'effnet.*' of an EfficientNet{hint_of(state)}")
+    refuse_nan(state, path)
     encoder = EfficientNetEncoder(variant, padding=padding)
     pooling = _new_pooling(below(attention, state), encoder.out_channels)
     load_into({effnet: encoder, attention: pooling}, state, f"{path}, read as a PSLA checkpoint of efficientnet-{variant},")
@@ -123,6 +127,14 @@ def psla_definitions(
             arguments="\n    ".join(f"{name}: {value}" for name, value in arguments.items()),
         )
     )
+
+
+def hint_of(state: Mapping[str, torch.Tensor]) -> str:
+    """What to do with other files that people have."""
+    names = unwrapped_names(state)
+    if below("embedding_model", names):
+        return "; it is psla_sb's own snapshot: give its run's folder to psla-export, or it, as .safetensors, to pretrained_tagger"
+    return "; it is an EfficientNet without a pooling, such as ImageNet's: give it to pretrained" if "_bn0.weight" in names else ""
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

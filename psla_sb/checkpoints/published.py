@@ -13,9 +13,10 @@ from psla_sb.checkpoints.efficientat import (
     is_efficientat,
     untold_of,
 )
-from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, is_psla, psla_definitions, psla_modules
+from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, hint_of, is_psla, psla_definitions, psla_modules
 from psla_sb.checkpoints.weights import read_tensors
 from psla_sb.errors import InputError
+from psla_sb.lobes.pretrained import refuse_family, refuse_nan, unwrapped_names
 
 FAMILIES = (
     "PSLA's EfficientNets (tensors effnet.* and attention.*) and EfficientAT's MobileNetV3, mn01 to mn40 (tensors features.* and "
@@ -58,8 +59,11 @@ def read_published(path: str | Path, options: Mapping[str, Any]) -> PublishedMod
     psla_sb.errors.InputError: ...resnet.pt: of no family that is known. Known are PSLA's EfficientNets ...
     """
     state = read_tensors(path)
+    bare_state = unwrapped_names(state)
     given = {name: value for name, value in options.items() if value is not None}
-    if is_efficientat(state):
+    if is_efficientat(bare_state):
+        state = bare_state
+        refuse_nan(state, path)
         _refuse_others(path, "EfficientAT", given)
         untold, text = untold_of(path, **given)
         network, head = efficientat_modules(state, path, untold.strides)
@@ -73,8 +77,9 @@ def read_published(path: str | Path, options: Mapping[str, Any]) -> PublishedMod
         variant = definitions["embedding_model"]["variant"]
         remark = f"PSLA's efficientnet-{variant}; padding {padding}, {n_frames} frames"
         return PublishedModel(encoder, pooling, definitions, remark)
+    refuse_family(state, path)
     begins = f"It begins with {', '.join([*state][:3])}" if state else "It is empty"
-    raise InputError(f"{path}: of no family that is known. Known are {FAMILIES}. {begins}")
+    raise InputError(f"{path}: of no family that is known{hint_of(state)}. Known are {FAMILIES}. {begins}")
 
 
 def _refuse_others(path: str | Path, family: str, given: Mapping[str, Any]) -> None:

@@ -11,10 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from speechbrain.dataio.encoder import CategoricalEncoder
-from speechbrain.utils.logger import get_logger
 from torch import Tensor, nn
 
 from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, read_yaml, tags_of
@@ -23,14 +22,12 @@ from psla_sb.checkpoints.published import PublishedModel, read_published
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
 from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
-from psla_sb.checkpoints.weights import below, load_into, load_weights, read_tensors, trained_modules
+from psla_sb.checkpoints.weights import load_into, load_weights, read_tensors, trained_modules
 from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
-from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder
-
-logger = get_logger(__name__)
+from psla_sb.lobes.pretrained import part_of, refuse_family, refuse_nan
 
 KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth, .pt)"
 
@@ -100,8 +97,9 @@ class Source(ABC):
         InputError
             The model names classes that are not trusted, or the weights are not of it.
         """
-        hparams = self._built()
-        load_into(trained_modules({name: hparams[name] for name in MODULES}), flat(self.weights()), self.path)
+        hparams, weights = self._built(), flat(self.weights())
+        refuse_nan(weights, self.path)
+        load_into(trained_modules({name: hparams[name] for name in MODULES}), weights, self.path)
         return {**hparams, "mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary)}
 
     def export(self, folder: str | Path) -> None:
@@ -110,6 +108,7 @@ class Source(ABC):
         Example
         -------
         >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
+        >>> from psla_sb.lobes.efficientnet import EfficientNetEncoder
         >>> from psla_sb.lobes.pooling import MeanPooling
         >>> folder = getfixture("tmp_path")
         >>> save_psla_checkpoint(folder / "model.pth", EfficientNetEncoder("b0"), MeanPooling(1280, 2))
@@ -190,7 +189,8 @@ class Snapshot(Source):
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         state = load_weights(self.path)
-        return {name: part for name in MODULES if (part := below(name, state)) or name in MODULES[2:]}
+        refuse_family(state, self.path)
+        return {name: part for name in MODULES if (part := part_of(name, state)) or name in MODULES[2:]}
 
     def digest(self) -> str:
         digest = super().digest()
@@ -268,6 +268,9 @@ class Published(Source):
 
     def hparams(self) -> dict[str, Any]:
         if self.labels is None:
+            if self.path.is_file():
+                # what is no such checkpoint is said first
+                read_published(self.path, self.options)
             raise InputError(f"{self.path}: a checkpoint of the published code needs a class list beside it, see --labels")
         return super().hparams()
 
@@ -341,55 +344,3 @@ def module_files(folder: Path) -> dict[str, Path]:
 def flat(weights: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Weights by module -> one state dict with keys `module.parameter`, as in a snapshot."""
     return {f"{name}.{key}": value for name, state in weights.items() for key, value in state.items()}
-
-
-class Transfer(NamedTuple):
-    """Which tensors of a trained tagger a model has taken over; names as in a snapshot."""
-
-    taken: list[str]
-    not_taken: list[str]
-
-    def __str__(self) -> str:
-        left = f": {', '.join(self.not_taken)}" if self.not_taken else ""
-        return f"{len(self.taken)} tensors taken; {len(self.not_taken)} not taken{left}"
-
-
-def load_pretrained_tagger(source: str | Path, modules: Mapping[str, nn.Module]) -> Transfer:
-    """Fills a model with the weights of a trained tagger, to train it further. Nothing of the source is constructed.
-
-    Where the pooling's tensors differ, as with another number of classes, or those of a front end, only the encoder is taken.
-    It is an `InputError` if the source cannot be read, or its encoder is another one.
-
-    Example
-    -------
-    >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
-    >>> from psla_sb.lobes.pooling import MeanPooling
-    >>> path = getfixture("tmp_path") / "model.pth"
-    >>> save_psla_checkpoint(path, EfficientNetEncoder("b0"), MeanPooling(1280, 527))
-    >>> modules = {"embedding_model": EfficientNetEncoder("b0", padding="symmetric"), "classifier": MeanPooling(1280, 200)}
-    >>> print(load_pretrained_tagger(path, modules))
-    358 tensors taken; 2 not taken: classifier.cla.weight, classifier.cla.bias
-    """
-    opened = open_source(source)
-    trained, encoder = opened.weights(), modules["embedding_model"]
-    try:
-        load_into({"embedding_model": encoder}, flat({"embedding_model": trained["embedding_model"]}), source)
-    except InputError as error:
-        raise InputError(f"{error}. The encoders differ: choose the variant, or the encoder, that {source} has") from None
-    for name, does, kind in (("padding", "pads", EfficientNetEncoder), ("strides", "has", MobileNetV3Encoder)):
-        if isinstance(encoder, kind) and (theirs := getattr(opened, name)) and (ours := getattr(encoder, name)) != theirs:
-            logger.warning(
-                "%s was trained with %s %r, but the model %s %r: its outputs will differ. Set the %s of embedding_model, if that "
-                "is not meant.",
-                *(source, name, theirs, does, ours, name),
-            )
-    taken, not_taken = [*flat({"embedding_model": trained["embedding_model"]})], list[str]()
-    for name in ("compute_features", "mean_var_norm", "classifier"):
-        if name in trained:
-            state = flat({name: trained[name]})
-            try:
-                load_into({name: modules[name]}, state, source)
-                taken += state
-            except InputError:
-                not_taken += state
-    return Transfer(taken, not_taken)

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from speechbrain.processing.features import InputNormalization
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from psla_sb.errors import InputError
 from psla_sb.files import write_file
 from psla_sb.lobes.chain import MODULES
+from psla_sb.lobes.pretrained import adapted, read_safetensors, read_state
 
 
 def _normalisers(module: nn.Module) -> Iterator[tuple[str, InputNormalization]]:
@@ -138,16 +138,13 @@ def write_tensors(state: Mapping[str, torch.Tensor], path: str | Path) -> None:
 
 def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file as a state dict on the CPU."""
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file of weights") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    return read_safetensors(path)
 
 
 def load_into(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor], source: str | Path = "state dict") -> None:
     """Puts a state dict with keys `module.parameter` into modules; an `InputError` names the keys and shapes that differ.
+
+    What distributed training and the compiler add to names is no difference, and batch normalisations' counters may be missing.
 
     Example
     -------
@@ -157,6 +154,7 @@ def load_into(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor
     psla_sb.errors.InputError: state dict does not fit the model: missing classifier.bias
     """
     own = {f"{name}.{key}": value for name, module in modules.items() for key, value in state_of(module).items()}
+    state = adapted(state, own)
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
     problems += [
@@ -187,23 +185,7 @@ def load_module(module: nn.Module, path: str | Path) -> None:
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Reads a state dict that `torch.save` wrote. Code in the file is never run, and anything but plain tensors is refused."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # a broken file raises whatever the unpickler stumbles over; PyTorch's message advises to run the code in the file
-        raise InputError(
-            f"{path}: not a checkpoint that can be loaded without running code: it is damaged, or holds more than tensors "
-            f"({type(error).__name__})"
-        ) from None
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: holds a {type(state).__name__}; a checkpoint is a dict of names and tensors")
-    for key, value in state.items():
-        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-        if not (isinstance(key, str) and plain):
-            raise InputError(f"{path}: {key!r} is not a name with a plain tensor; a checkpoint holds nothing else")
-    return state
+    return read_state(path)
 
 
 def below(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

