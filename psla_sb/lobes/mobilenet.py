@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from psla_sb.errors import InputError
 from psla_sb.lobes.fused import squeeze_excite
+from psla_sb.lobes.pretrained import encoder_state, read_state, refuse_family, refuse_nan
 
 
 class Row(NamedTuple):
@@ -197,11 +198,13 @@ class MobileNetV3Encoder(nn.Module):
         return self.features(feats.transpose(1, 2).unsqueeze(1).contiguous(memory_format=torch.channels_last))
 
     def _load_pretrained(self, path: str | Path) -> None:
-        state, stem = {key: value for key, value in _read(path).items() if not str(key).startswith(HEAD)}, "features.0.0.weight"
+        tensors, stem = encoder_state(read_state(path)), "features.0.0.weight"
+        state = {key: value for key, value in tensors.items() if not key.startswith(HEAD)}
         if getattr(state.get(stem), "shape", None) == (rounded(16 * self.width), 3, 3, 3):
             state[stem] = state[stem].sum(1, keepdim=True)
         problems = list(differences(self, state))
         if problems:
+            refuse_family(state, path)
             found = width_of(state)
             more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             is_of = "" if found in (None, self.width) else f" They are those of width {found}."
@@ -209,6 +212,7 @@ class MobileNetV3Encoder(nn.Module):
                 f"{path}: not EfficientAT's weights of a MobileNetV3 of width {self.width}: {'; '.join(problems[:3])}{more}."
                 f"{is_of} Give the file of this width, or change the width."
             )
+        refuse_nan(state, path)
         self.load_state_dict(state, strict=False)
 
 
@@ -243,17 +247,3 @@ def width_of(state: Mapping[Any, Any]) -> float | None:
         if not any(differences(encoder, own)):
             return width
     return widths[0] if widths else None
-
-
-def _read(path: str | Path) -> dict[Any, Any]:
-    """Reads a state dict from a file; never runs code that the file contains."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read. Give the path of a weights file, such as mn10_im.pt ({error})") from error
-    except Exception as error:  # a broken file raises whatever the unpickler stumbles over
-        # PyTorch's own message advises to run the code in the file
-        raise InputError(f"{path}: not weights that can be loaded without running code; replace it") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path}: holds a {type(state).__name__}, not a state dict of a MobileNetV3")
-    return state
