@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from psla_sb.lobes.efficientnet import EfficientNetEncoder, fold_norms
+from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 from psla_sb.lobes.pooling import AttentionPooling
 
 N_CLASSES, N_FRAMES, N_MELS = 527, 1056, 128
@@ -41,6 +42,8 @@ ENCODERS = {
     "lite0": lambda: EfficientNetEncoder("lite0"),
     "lite1": lambda: EfficientNetEncoder("lite1"),
     "lite2": lambda: EfficientNetEncoder("lite2"),
+    "mn04": lambda: MobileNetV3Encoder(0.4),
+    "mn10": lambda: MobileNetV3Encoder(1.0),
     "timm efficientnet_b2": lambda: Timm("efficientnet_b2"),
     "timm mobilenetv4_conv_small": lambda: Timm("mobilenetv4_conv_small"),
 }
