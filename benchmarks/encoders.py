@@ -14,6 +14,7 @@ import warnings
 import torch
 from torch import nn
 
+from psla_sb.inference.encoder import CPU_FRAMES
 from psla_sb.lobes.efficientnet import EfficientNetEncoder, fold_norms
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 from psla_sb.lobes.pooling import AttentionPooling
@@ -98,7 +99,10 @@ def figures(encoder, repeats, threads):
         model = nn.Sequential(encoder, AttentionPooling(channels, N_CLASSES)).eval()
         fast = fold_norms(model)
         cells = [sum(p.numel() for p in encoder.parameters()) / 1e6, macs / 1e9, activations / 1e6]
-        cells += [rate(lambda: fast(feats[:1]), 1, 3 * repeats), rate(lambda: fast(feats), 16, repeats)]
+        cells += [
+            rate(lambda: fast(feats[:1]), 1, 3 * repeats),
+            rate(lambda: [fast(part) for part in feats.split(CPU_FRAMES // N_FRAMES)], 16, repeats),
+        ]
     cells += [onnx_rate(model, feats[:n], repeats, threads) for n in (1, 16)]
     optimizer = torch.optim.Adam(model.train().parameters(), lr=1e-4)
 
