@@ -1,5 +1,6 @@
 """Recipes run as a user runs them, on the smallest settings; and in processes that cost no imports, to be killed."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -11,7 +12,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -123,6 +126,26 @@ def finish(argv, log, **kwargs):
     process = start(argv, log, **kwargs)
     process.join()
     return process.exitcode
+
+
+@contextlib.contextmanager
+def serve(folder):
+    """A web server, which takes a second: gives its address, and the list of what it was asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def do_GET(self):
+            asked.append(self.path)
+            time.sleep(1)
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
 
 
 def free_port():

@@ -13,10 +13,11 @@ import ruamel.yaml
 import torch
 from torch import nn
 
-from psla_sb.checkpoints.weights import below, load_into, read_tensors
+from psla_sb.checkpoints.weights import below, load_into
 from psla_sb.errors import InputError
 from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder, width_of
 from psla_sb.lobes.pooling import ConvPooling, MLPPooling
+from psla_sb.lobes.pretrained import read_state
 
 SAMPLE_RATE = 32000
 FIRST = "features.0.0.weight"
@@ -120,7 +121,7 @@ def load_efficientat_checkpoint(
     >>> pooling(encoder(torch.zeros(1, 1000, 128))).shape
     torch.Size([1, 527])
     """
-    return efficientat_modules(read_tensors(path), path, untold_of(path, strides=strides)[0].strides)
+    return efficientat_modules(read_state(path), path, untold_of(path, strides=strides)[0].strides)
 
 
 def efficientat_modules(
@@ -135,10 +136,8 @@ def efficientat_modules(
     ours = {f"classifier.{number}": f"classifier.{name}" for number, name in names.items()}
     parts = {key: key.rpartition(".") for key in state}
     renamed = {f"{ours.get(layer, layer)}{dot}{rest}": state[key] for key, (layer, dot, rest) in parts.items()}
-    # files older than PyTorch's batch counters have none, and with a fixed momentum nothing reads them
     own = {"features": encoder.features, "classifier": pooling}
-    counters = {f"{name}.{key}": value for name, part in own.items() for key, value in part.state_dict().items() if not value.dim()}
-    load_into(own, {**counters, **renamed}, f"{path}, read as EfficientAT's MobileNetV3 of width {width},")
+    load_into(own, renamed, f"{path}, read as EfficientAT's MobileNetV3 of width {width},")
     return encoder.eval(), pooling.eval()
 
 

@@ -15,12 +15,12 @@ import ruamel.yaml
 import torch
 from torch import nn
 
-from psla_sb.checkpoints.weights import below, load_into, read_tensors
+from psla_sb.checkpoints.weights import below, load_into
 from psla_sb.errors import InputError
 from psla_sb.files import atomic_write
 from psla_sb.lobes.efficientnet import LITE, VARIANTS, EfficientNetEncoder
 from psla_sb.lobes.pooling import AttentionPooling, MeanPooling
-from psla_sb.lobes.pretrained import WRAPPERS, bare, refuse_family, refuse_nan, unwrapped_names
+from psla_sb.lobes.pretrained import WRAPPERS, bare, read_state, refuse_family, refuse_nan, unwrapped_names
 
 # efficientnet-pytorch 0.7.0, with which the published models were trained, pads so
 PUBLISHED_PADDING = "symmetric"
@@ -71,7 +71,7 @@ def load_psla_checkpoint(
     >>> pooling(encoder(torch.zeros(1, 1056, 128))).shape
     torch.Size([1, 527])
     """
-    return psla_modules(read_tensors(path), path, padding)
+    return psla_modules(read_state(path), path, padding)
 
 
 def is_psla(state: Mapping[str, torch.Tensor]) -> bool:

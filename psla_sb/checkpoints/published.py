@@ -14,9 +14,8 @@ from psla_sb.checkpoints.efficientat import (
     untold_of,
 )
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING, hint_of, is_psla, psla_definitions, psla_modules
-from psla_sb.checkpoints.weights import read_tensors
 from psla_sb.errors import InputError
-from psla_sb.lobes.pretrained import refuse_family, refuse_nan, unwrapped_names
+from psla_sb.lobes.pretrained import read_state, refuse_family, refuse_nan, unwrapped_names
 
 FAMILIES = (
     "PSLA's EfficientNets (tensors effnet.* and attention.*) and EfficientAT's MobileNetV3, mn01 to mn40 (tensors features.* and "
@@ -58,7 +57,7 @@ def read_published(path: str | Path, options: Mapping[str, Any]) -> PublishedMod
     ...
     psla_sb.errors.InputError: ...resnet.pt: of no family that is known. Known are PSLA's EfficientNets ...
     """
-    state = read_tensors(path)
+    state = read_state(path)
     bare_state = unwrapped_names(state)
     given = {name: value for name, value in options.items() if value is not None}
     if is_efficientat(bare_state):

@@ -22,12 +22,12 @@ from psla_sb.checkpoints.published import PublishedModel, read_published
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
 from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
-from psla_sb.checkpoints.weights import load_into, load_weights, read_tensors, trained_modules
+from psla_sb.checkpoints.weights import load_into, load_weights, trained_modules
 from psla_sb.errors import InputError
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder
-from psla_sb.lobes.pretrained import part_of, refuse_family, refuse_nan
+from psla_sb.lobes.pretrained import part_of, read_state, refuse_family, refuse_nan
 
 KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth, .pt)"
 
@@ -210,7 +210,7 @@ class SpeechBrainCheckpoint(Snapshot):
     """A folder `save/CKPT+...` of a run."""
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        return {name: read_tensors(file) for name, file in module_files(self.path).items()}
+        return {name: read_state(file) for name, file in module_files(self.path).items()}
 
     def files(self) -> list[Path]:
         return sorted(file for file in self.path.iterdir() if file.stem in MODULES)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from psla_sb.errors import InputError
 from psla_sb.files import write_file
 from psla_sb.lobes.chain import MODULES
-from psla_sb.lobes.pretrained import adapted, read_safetensors, read_state
+from psla_sb.lobes.pretrained import adapted, read_safetensors
 
 
 def _normalisers(module: nn.Module) -> Iterator[tuple[str, InputNormalization]]:
@@ -181,11 +181,6 @@ def load_module(module: nn.Module, path: str | Path) -> None:
     """
     state = {f"weights.{key}": value for key, value in load_weights(path).items()}
     load_into({"weights": module}, state, path)
-
-
-def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict that `torch.save` wrote. Code in the file is never run, and anything but plain tensors is refused."""
-    return read_state(path)
 
 
 def below(name: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ from psla_sb.errors import InputError
 from psla_sb.files import one_process
 from psla_sb.lobes.fused import depthwise, norm_act, squeeze_excite
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
-from psla_sb.lobes.pretrained import encoder_state, read_state, refuse_family, refuse_nan
+from psla_sb.lobes.pretrained import differences, encoder_state, first_three, read_state, refuse_family, refuse_nan
 
 # Lite: width, depth, size of the images that it was made for, which decides how it pads
 LITE = {
@@ -184,24 +184,14 @@ class EfficientNetEncoder(EfficientNet):
 
     def _load_pretrained(self, pretrained: str | Path, variant: str, stem: str) -> None:
         tensors = {key: value for key, value in encoder_state(_read(pretrained, variant)).items() if not key.startswith("_fc.")}
-        # files older than PyTorch's batch counters have none, and with a fixed momentum nothing reads them
         own, rgb = self.state_dict(), "_conv_stem.weight"
-        expected = {key: list(value.shape) for key, value in own.items() if not key.endswith("num_batches_tracked")}
-        found = {key: list(getattr(value, "shape", [])) for key, value in tensors.items()}
         # a file of this class, such as embedding_model.ckpt of a tagger's folder, has a stem of one channel
-        is_rgb = found.get(rgb) != expected[rgb]
-        expected[rgb][1] = 3 if is_rgb else 1
-        problems = [f"{key} is missing" for key in expected if key not in found]
-        problems += [f"{key} is unknown" for key in found if key not in own]
-        problems += [
-            f"{key} is {found[key]} and should be {shape}" for key, shape in expected.items() if found.get(key, shape) != shape
-        ]
-        if problems:
+        is_rgb = rgb not in tensors or tensors[rgb].shape != own[rgb].shape
+        if problems := differences({**own, rgb: own[rgb].expand(-1, 3, -1, -1)} if is_rgb else own, tensors):
             refuse_family(tensors, pretrained)
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             raise InputError(
-                f"{pretrained}: not efficientnet_pytorch's weights of efficientnet-{variant}: "
-                f"{'; '.join(problems[:3])}{more}. Give the file of this variant, or change the variant."
+                f"{pretrained}: not efficientnet_pytorch's weights of efficientnet-{variant}: {first_three(problems)}. "
+                "Give the file of this variant, or change the variant."
             )
         refuse_nan(tensors, pretrained)
         if is_rgb:

@@ -5,6 +5,7 @@ Those of later systems (PaSST, EfficientAT) have frames around their time, not f
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +138,7 @@ def mel_filters(n_mels: int, n_fft: int, sample_rate: int, lowest: float, highes
     return F.pad(filters, (0, 1)).T.contiguous()
 
 
-class LogMel(nn.Module):
+class LogMel(nn.Module, ABC):
     """Says what the toolkit's own front ends have in common.
 
     They take clips of any length, tell padding from silence, know how many frames a clip has, and cut or fill up to `n_frames`
@@ -155,9 +156,9 @@ class LogMel(nn.Module):
         """Says how many samples have all that `n_frames` frames are computed from; None if all frames are taken."""
         return None if self.n_frames is None else (self.n_frames - 1) * self.frame_shift + self.frame_length
 
+    @abstractmethod
     def frames_of(self, n_samples: Any) -> Any:
         """Counts the frames of a clip of so many samples, or of each, for a tensor."""
-        raise NotImplementedError
 
     def _batch(self, wavs: Tensor) -> Tensor:
         if wavs.dim() != 2:
@@ -339,7 +340,7 @@ class CentredFbank(LogMel):
             return self.mel_banks
         lowest = self.lowest + int(torch.randint(max(1, for_lowest), ()))
         highest = self.highest + for_highest // 2 - int(torch.randint(max(1, for_highest), ()))
-        return mel_filters(self.n_mels, self.n_fft, self.sample_rate, lowest, highest).to(self.mel_banks.device)
+        return mel_filters(self.n_mels, self.n_fft, self.sample_rate, lowest, highest).to(self.mel_banks.device, non_blocking=True)
 
 
 class GlobalNorm(nn.Module):

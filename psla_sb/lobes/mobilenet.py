@@ -4,7 +4,7 @@ Layout: Howard et al., "Searching for MobileNetV3", 2019, table 1, for spectrogr
 Large-scale Audio Tagging via Transformer-to-CNN Knowledge Distillation", 2023 (arXiv 2211.04772).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psla_sb.errors import InputError
 from psla_sb.lobes.fused import squeeze_excite
-from psla_sb.lobes.pretrained import encoder_state, read_state, refuse_family, refuse_nan
+from psla_sb.lobes.pretrained import differences, encoder_state, first_three, read_state, refuse_family, refuse_nan
 
 
 class Row(NamedTuple):
@@ -202,30 +202,16 @@ class MobileNetV3Encoder(nn.Module):
         state = {key: value for key, value in tensors.items() if not key.startswith(HEAD)}
         if getattr(state.get(stem), "shape", None) == (rounded(16 * self.width), 3, 3, 3):
             state[stem] = state[stem].sum(1, keepdim=True)
-        problems = list(differences(self, state))
-        if problems:
+        if problems := differences(self.state_dict(), state):
             refuse_family(state, path)
             found = width_of(state)
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
             is_of = "" if found in (None, self.width) else f" They are those of width {found}."
             raise InputError(
-                f"{path}: not EfficientAT's weights of a MobileNetV3 of width {self.width}: {'; '.join(problems[:3])}{more}."
+                f"{path}: not EfficientAT's weights of a MobileNetV3 of width {self.width}: {first_three(problems)}."
                 f"{is_of} Give the file of this width, or change the width."
             )
         refuse_nan(state, path)
         self.load_state_dict(state, strict=False)
-
-
-def differences(module: nn.Module, state: Mapping[Any, Any]) -> Iterator[str]:
-    """Says what a state dict lacks of a module's, has besides, or has in another shape; counters of batches do not matter."""
-    own, counters = module.state_dict(), "num_batches_tracked"
-    yield from (f"{key} is missing" for key in own if key not in state and not key.endswith(counters))
-    for key, value in state.items():
-        shape = list(getattr(value, "shape", []))
-        if key not in own:
-            yield f"{key} is unknown"
-        elif shape != list(own[key].shape):
-            yield f"{key} is {shape} and should be {list(own[key].shape)}"
 
 
 def width_of(state: Mapping[Any, Any]) -> float | None:
@@ -244,6 +230,6 @@ def width_of(state: Mapping[Any, Any]) -> float | None:
     for width in widths:
         with torch.device("meta"):
             encoder = MobileNetV3Encoder(width)
-        if not any(differences(encoder, own)):
+        if not differences(encoder.state_dict(), own):
             return width
     return widths[0] if widths else None

@@ -1,7 +1,7 @@
 """Weights from elsewhere: read without running code, taken out of what they are wrapped in, told apart where they do not fit."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,28 @@ def part_of(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def encoder_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An encoder's tensors, by its own names: of a model's, those of its encoder; of an encoder's own file, all."""
     return part_of("embedding_model", state) or unwrapped_names(state)
+
+
+def differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    """Lists what a state dict lacks of a model's, has besides, or has in another shape; counters of batches do not matter.
+
+    Example
+    -------
+    >>> differences({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.ones(3), "c": torch.ones(1)})
+    ['b is missing', 'c is unknown', 'a is [3] and should be [2]']
+    """
+    # files older than PyTorch's counters have none, and with a fixed momentum nothing reads them
+    shapes = {key: (list(state[key].shape), list(value.shape)) for key, value in own.items() if key in state}
+    return [
+        *(f"{key} is missing" for key in own if key not in state and not key.endswith(COUNTER)),
+        *(f"{key} is unknown" for key in state if key not in own),
+        *(f"{key} is {there} and should be {here}" for key, (there, here) in shapes.items() if there != here),
+    ]
+
+
+def first_three(problems: Sequence[str]) -> str:
+    """Writes the first of many, and how many more there are."""
+    return "; ".join(problems[:3]) + (f" (and {len(problems) - 3} more)" if len(problems) > 3 else "")
 
 
 def adapted(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

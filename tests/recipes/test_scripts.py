@@ -11,9 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
-import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,7 @@ from psla_sb.checkpoints.run_folder import read_results, snapshot_path
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.weights import load_weights, write_tensors
 from psla_sb.dataio.manifest import Manifest
-from runs import REPOSITORY, TINY, TRAIN, at_start, command, differences, finish, run, torchrun
+from runs import REPOSITORY, TINY, TRAIN, at_start, command, differences, finish, run, serve, torchrun
 
 AGGREGATE = TRAIN.with_name("aggregate.py")
 
@@ -166,26 +163,6 @@ def test_greedy_selection_shows_how_far_it_is(lively_runs, tmp_path):
     bars = re.findall(r"selecting: (\d+) models [^\r]*mAP=0\.\d{4}, members=(\d)", said.decode())
     assert bars, said[said.index(b"selecting") :]
     assert len(json.loads((tmp_path / "ensemble" / "ensemble.json").read_text())["chosen"]) == int(bars[-1][1])
-
-
-@contextlib.contextmanager
-def serve(folder):
-    """A web server, which takes a second: gives its address, and the list of what it was asked for."""
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=folder)
-
-        def do_GET(self):
-            asked.append(self.path)
-            time.sleep(1)
-            super().do_GET()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
 
 
 def test_two_processes_fetch_weights_once_and_a_run_that_goes_on_never(mini_data, tmp_path):

@@ -8,9 +8,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import threading
-import time
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -30,7 +27,7 @@ from psla_sb.labels.enhancement import warn_of_classes_without_clips
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import best_f1
-from runs import REPOSITORY, TRAIN, command, differences, finish, run
+from runs import REPOSITORY, TRAIN, command, differences, finish, run, serve
 
 
 def no_constant(name):
@@ -308,23 +305,10 @@ def test_processes_that_start_together_fetch_weights_once(tmp_path):
 
     (tmp_path / "www").mkdir()
     torch.save(EfficientNet.from_name("efficientnet-b0").state_dict(), tmp_path / "www" / "b0.pth")
-    asked = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path / "www")
-
-        def do_GET(self):
-            asked.append(self.path)
-            time.sleep(1)
-            super().do_GET()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        argv = [sys.executable, "-c", FETCH, str(tmp_path / "hub"), f"http://127.0.0.1:{server.server_port}/b0.pth"]
+    with serve(tmp_path / "www") as (address, asked):
+        argv = [sys.executable, "-c", FETCH, str(tmp_path / "hub"), f"{address}/b0.pth"]
         processes = [subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) for _ in range(2)]
         said = [process.communicate(timeout=120)[1] for process in processes]
-        server.shutdown()
     assert [process.returncode for process in processes] == [0, 0], said
     assert asked == ["/b0.pth"]
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.pretrained import COUNTER, encoder_state, read_state, refuse_nan
+from psla_sb.lobes.pretrained import differences, encoder_state, first_three, read_state, refuse_nan
 
 STEMS = ("sum", "random")
 # Widths of the two inputs that tell which axis of a feature map is the time, and how many frames a step has.
@@ -124,16 +124,8 @@ class TimmEncoder(nn.Module):
             weight, mine = state.get(f"{name}.weight"), own.get(f"{name}.weight")
             if weight is not None and mine is not None and weight.shape[1:2] == (3,) and mine.shape[1] == 1:
                 state[f"{name}.weight"] = weight.sum(1, keepdim=True) if stem == "sum" else mine
-        problems = [f"{key} is missing" for key in own if key not in state and not key.endswith(COUNTER)]
-        problems += [f"{key} is unknown" for key in state if key not in own]
-        problems += [
-            f"{key} is {list(state[key].shape)} and should be {list(value.shape)}"
-            for key, value in own.items()
-            if key in state and state[key].shape != value.shape
-        ]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise InputError(f"{source}: not weights of timm's {self.name}: {'; '.join(problems[:3])}{more}")
+        if problems := differences(own, state):
+            raise InputError(f"{source}: not weights of timm's {self.name}: {first_three(problems)}")
         refuse_nan(state, source)
         self.network.load_state_dict(state, strict=False)
 
