@@ -1,5 +1,6 @@
 """Recipes run as a user runs them, on the smallest settings; and in processes that cost no imports, to be killed."""
 
+import atexit
 import contextlib
 import importlib
 import itertools
@@ -11,6 +12,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -42,10 +44,25 @@ def command(script, *arguments, **overrides):
     return [sys.executable, str(script), *arguments, *(f"--{key}={value}" for key, value in given.items())]
 
 
-def run(argv, check=True, **kwargs):
-    """Runs a command as a user would, from another folder, on one thread (results depend on the number of threads)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=600, **kwargs)
+def run(argv, check=True, cwd=None, env=None, fresh=False):
+    """Runs a command, from another folder, on one thread (results depend on the number of threads).
+
+    A script runs in a process of its own that has the toolkit imported, unless it is to be a `fresh` one, as a user's is, or has an
+    environment that Python itself reads.
+    """
+    argv = [str(part) for part in argv]
+    variables = {"OMP_NUM_THREADS": "1", **(env or {})}
+    if fresh or argv[0] != sys.executable or not argv[1].endswith(".py") or "PYTHONPATH" in variables:
+        environment = {**os.environ, **variables}
+        done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=600, cwd=cwd)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            said = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+            process = _process(argv, said, {**os.environ, **variables}, cwd, None)
+            process.join(600)
+            assert process.exitcode is not None, f"it runs for ten minutes: {argv}"
+            texts = [Path(path).read_text() if os.path.exists(path) else "" for path in said]
+        done = subprocess.CompletedProcess(argv, process.exitcode, *texts)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -69,23 +86,38 @@ def at_start(folder, code, **variables):
     return {"PYTHONPATH": os.pathsep.join(paths), **{name: str(value) for name, value in variables.items()}}
 
 
-def _main(argv, log, env, at):
-    """Runs the script as Python does, in this process."""
+def _process(*args):
+    # a process that a GPU's was forked off cannot use the GPU
+    context = SERVER if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else multiprocessing.get_context("spawn")
+    process = context.Process(target=_main, args=args)
+    process.start()
+    return process
+
+
+def _main(argv, said, env, cwd, at):
+    """Runs the script as Python does, in this process, whose output and errors go to files."""
     os.setsid()
-    os.environ |= env
+    os.environ.clear()
+    os.environ.update(env)
     # as in a process of the command line: how loaders start their workers
     multiprocessing.set_start_method("fork", force=True)
-    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
-    sys.path.insert(0, str(Path(argv[1]).parent))
+    for descriptor, path in enumerate(said, 1):
+        stream = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(stream, descriptor)
+    if cwd is not None:
+        os.chdir(cwd)
+    sys.path[:0] = [str(Path(argv[1]).parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     sys.argv = argv[1:]
     import torch
 
     torch.set_num_threads(1)
     if at is not None:
         _happen(*at)
-    runpy.run_path(argv[1], run_name="__main__")
+    try:
+        runpy.run_path(argv[1], run_name="__main__")
+    finally:
+        # what a process does that ends by itself
+        atexit._run_exitfuncs()
 
 
 def _happen(event, target, count):
@@ -114,11 +146,7 @@ def start(argv, log, env=None, at=None):
     Its output is appended to the file `log`. `at` is (event, "module:function", n): at the n-th call of the function the process
     gets the signal `event`, or from then on can write no file of more than 10 kB ("disk full").
     """
-    # a process that a GPU's was forked off cannot use the GPU
-    context = SERVER if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else multiprocessing.get_context("spawn")
-    process = context.Process(target=_main, args=(argv, log, env or {}, at))
-    process.start()
-    return process
+    return _process(argv, [log, log], {**os.environ, **(env or {})}, None, at)
 
 
 def finish(argv, log, **kwargs):

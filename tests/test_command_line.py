@@ -204,7 +204,7 @@ def own_settings(folder, root, **changes):
 
 
 def test_own_data(own):
-    run([*command(TRAIN, "hparams/mini.yaml")[:3], *own_settings(".", ".")], cwd=own)
+    run([*command(TRAIN, "hparams/mini.yaml")[:3], *own_settings(".", ".")], cwd=own, fresh=True)
     scores = np.load(own / "out" / "predictions" / "valid_epoch_01.npy")
     assert scores.shape == (4, 3)
     assert np.isfinite(scores).all()

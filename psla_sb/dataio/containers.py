@@ -355,7 +355,8 @@ def _are_chunks(path: str | Path, file: Any, position: int, n_bytes: int, head: 
         if start.startswith(TAGS) or start[:4] in KNOWN_CHUNKS:
             return True
         if not any(start):
-            return not any(any(piece) for piece in iter(lambda: file.read(2**20), b""))
+            zeros = bytes(2**20)
+            return all(piece == zeros[: len(piece)] for piece in iter(lambda: file.read(len(zeros)), b""))
         if len(start) < n_id + width or not all(32 <= byte < 127 for byte in start[:4]):
             return False
         length = struct.unpack(layout, start[n_id : n_id + width])[0] - (n_id + width if n_id == 16 else 0)

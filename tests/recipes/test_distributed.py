@@ -14,7 +14,7 @@ from psla_sb.experiment.hparams import load_hparams
 from psla_sb.experiment.train import tagging_dataset
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import FIGURES
-from runs import TINY, TRAIN, at_start, command, differences, finish, torchrun, two_ranks
+from runs import TINY, TRAIN, command, differences, finish, torchrun, two_ranks
 
 # 20 evaluation clips in batches of 6: four batches, the last one short
 BATCH = 6
@@ -86,17 +86,20 @@ def test_two_ranks_killed_or_stopped_and_resumed_are_bit_exact(mini_data, tmp_pa
 
 def test_a_compiled_training_of_two_processes_that_accumulate_and_go_on(mini_data, tmp_path):
     """What is compiled changes no weight and no name; here by a compiler that changes nothing either, and takes no minutes."""
-    code = """
-        import functools, torch
-        torch.compile = functools.partial(torch.compile, backend="eager")
-    """
-    env, folders = at_start(tmp_path, code), {}
+    script, folders = tmp_path / "train.py", {}
+    script.write_text(
+        "import functools, runpy, torch\n"
+        "torch.compile = functools.partial(torch.compile, backend='eager')\n"
+        f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+    )
     for compiled in (True, False):
         folder = folders[compiled] = tmp_path / f"run_{compiled}"
         settings = {"data_folder": mini_data, "output_folder": folder, "grad_accumulation_factor": 2, "compile_model": compiled}
         # a used folder may change it, as it may be gone on with
         for epochs in (1, 2):
-            done = torchrun(command(TRAIN, "hparams/mini.yaml", **{**settings, "number_of_epochs": epochs}), env=env, cwd=tmp_path)
-            assert ("Compiling EfficientNetEncoder" in done.stdout + done.stderr) == compiled
+            log = tmp_path / f"log_{compiled}_{epochs}"
+            argv = command(script, str(TRAIN.parent / "hparams" / "mini.yaml"), **{**settings, "number_of_epochs": epochs})
+            assert two_ranks(argv, log) == [0, 0], log.with_suffix(".0").read_text()
+            assert ("Compiling EfficientNetEncoder" in log.with_suffix(".0").read_text()) == compiled
     assert differences(*folders.values()) == []
     assert not any("_orig_mod" in key for key in load_weights(snapshot_path(folders[True], 2)))
