@@ -24,7 +24,9 @@ def mini_data(tmp_path_factory):
 def tiny_run(mini_data, tmp_path_factory):
     """The output folder of a finished tiny run, of `results.json` as a dict under the attribute `results`, and its output."""
     folder = tmp_path_factory.mktemp("run")
-    done = run(command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=folder, device=None), cwd=folder, fresh=True)
+    done = run(
+        command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=folder, device=None), cwd=folder, fresh=True
+    )
     return folder, json.loads((folder / "results.json").read_text()), done
 
 

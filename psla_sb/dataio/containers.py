@@ -34,6 +34,7 @@ KNOWN_CHUNKS = {
     *(b"axml", b"chna", b"PEAK", b"afsp", b"DISP", b"plst", b"labl", b"SAUR", b"minf", b"elm1", b"regn", b"umid", b"FLLR", b"levl"),
     *(b"MARK", b"COMT", b"NAME", b"AUTH", b"ANNO", b"INST", b"APPL", b"CHAN", b"info", b"pakt", b"free", b"uuid", b"strg", b"mark"),
 }
+ZEROS = bytes(2**20)
 FIRST_CHUNKS = (b"RIFF", b"RIFX", b"FORM", b"riff", b"caff", b".snd")
 BOXES = (
     *(b"ftyp", b"moov", b"mdat", b"moof", b"free", b"skip", b"wide", b"sidx", b"styp", b"mfra", b"udta", b"meta", b"uuid", b"pnot"),
@@ -355,8 +356,7 @@ def _are_chunks(path: str | Path, file: Any, position: int, n_bytes: int, head: 
         if start.startswith(TAGS) or start[:4] in KNOWN_CHUNKS:
             return True
         if not any(start):
-            zeros = bytes(2**20)
-            return all(piece == zeros[: len(piece)] for piece in iter(lambda: file.read(len(zeros)), b""))
+            return all(piece == ZEROS[: len(piece)] for piece in iter(lambda: file.read(len(ZEROS)), b""))
         if len(start) < n_id + width or not all(32 <= byte < 127 for byte in start[:4]):
             return False
         length = struct.unpack(layout, start[n_id : n_id + width])[0] - (n_id + width if n_id == 16 else 0)

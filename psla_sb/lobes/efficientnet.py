@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from psla_sb.errors import InputError
 from psla_sb.files import one_process
-from psla_sb.lobes.fused import depthwise, norm_act, squeeze_excite
+from psla_sb.lobes.fused import depthwise, expand, norm_act, project
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 from psla_sb.lobes.pretrained import differences, encoder_state, first_three, read_state, refuse_family, refuse_nan
 
@@ -42,16 +42,14 @@ URLS: dict[Any, dict[str, str]] = {"imagenet": url_map, "advprop": url_map_advpr
 
 
 class _Block(MBConvBlock):
-    """The package's block, by the parts that are faster on a GPU."""
+    """The package's block, by parts that are faster."""
 
     def forward(self, inputs: Tensor, drop_connect_rate: float | None = None) -> Tensor:
         x = inputs
         if self._block_args.expand_ratio != 1:
-            x = norm_act(self._bn0, self._expand_conv(x), self._swish)
+            x = expand(self._expand_conv, self._bn0, x, self._swish)
         x = norm_act(self._bn1, depthwise(self._depthwise_conv, x), self._swish)
-        if self.has_se:
-            x = squeeze_excite(x, self._gate)
-        x = norm_act(self._bn2, self._project_conv(x), None)
+        x = norm_act(self._bn2, project(self._project_conv, x, self._gate if self.has_se else None), None)
         is_alike = self._block_args.stride == 1 and self._block_args.input_filters == self._block_args.output_filters
         if not (self.id_skip and is_alike):
             return x

@@ -1,4 +1,4 @@
-"""What an EfficientNet's block is made of, in few passes over a GPU's memory; elsewhere as PyTorch does it."""
+"""What an inverted residual is made of, in few passes over a GPU's memory; on a CPU see `on_cpu`, elsewhere as PyTorch does it."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from speechbrain.utils.logger import get_logger
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from psla_sb.lobes import on_cpu
 
 try:
     from psla_sb.lobes import kernels
@@ -73,9 +75,8 @@ def _trials(device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
     """Normalises, then activates, `[batch, channels, height, width]`."""
-    is_plain = type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
     activate = ACTIVATIONS.get(type(activation))
-    if not (is_plain and activate is not None and _is_for_kernels(x)) or (not norm.training and torch.is_grad_enabled()):
+    if not (_is_usual(norm) and activate is not None and _is_for_kernels(x)) or (not norm.training and torch.is_grad_enabled()):
         x = norm(x)
         return x if activation is None else activation(x)
     if not norm.training:
@@ -85,6 +86,10 @@ def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
         torch._foreach_lerp_([norm.running_mean, norm.running_var], [of_norm[0], of_norm[4]], norm.momentum)
         norm.num_batches_tracked.add_(1)
     return answer
+
+
+def _is_usual(norm: nn.Module) -> bool:
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 class _NormAct(torch.autograd.Function):
@@ -216,11 +221,29 @@ class _Excite(torch.autograd.Function):
 
 
 def depthwise(conv: Any, x: Tensor) -> Tensor:
-    """Convolves each channel by itself. What a GPU has for its gradient is slower than the convolution with the kernel reversed."""
+    """Convolves each channel by itself, where the gradient is the slow part of it."""
+    if on_cpu.trains(x):
+        return on_cpu.depthwise(conv, x)
     is_plain = tuple(conv.stride) == (1, 1) and conv.bias is None
     if not (is_plain and torch.is_grad_enabled() and x.requires_grad and _is_for_kernels(x)):
         return conv(x)
-    return _Depthwise.apply(conv.static_padding(x), conv.weight.to(x.dtype), tuple(conv.padding))
+    # what a GPU has for its gradient is slower than the convolution with the kernel reversed
+    return _Depthwise.apply(getattr(conv, "static_padding", nn.Identity())(x), conv.weight.to(x.dtype), tuple(conv.padding))
+
+
+def expand(conv: Any, norm: Any, x: Tensor, activation: nn.Module) -> Tensor:
+    """Convolves with a 1x1 kernel, normalises and activates."""
+    # of one value alone there is no variance, which PyTorch says
+    if norm.training and _is_usual(norm) and on_cpu.trains(x) and conv.bias is None and x.numel() > x.shape[1]:
+        return activation(on_cpu.expand(conv, norm, x))
+    return norm_act(norm, conv(x), activation)
+
+
+def project(conv: Any, x: Tensor, gate_of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Convolves with a 1x1 kernel what `squeeze_excite` gives, or, without a gate, x."""
+    if on_cpu.trains(x) and conv.bias is None:
+        return on_cpu.project(conv, x, gate_of)
+    return conv(x if gate_of is None else squeeze_excite(x, gate_of))
 
 
 class _Depthwise(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from psla_sb.errors import InputError
-from psla_sb.lobes.fused import squeeze_excite
+from psla_sb.lobes.fused import depthwise, expand, project
 from psla_sb.lobes.pretrained import differences, encoder_state, first_three, read_state, refuse_family, refuse_nan
 
 
@@ -81,19 +81,23 @@ class _ConvNorm(nn.Sequential):
         parts: list[nn.Module] = [conv, nn.BatchNorm2d(out_channels, eps=1e-3, momentum=momentum)]
         super().__init__(*parts, *([] if activation is None else [activation()]))
 
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Any = list(self)
+        conv, norm, activation = parts if len(parts) == 3 else (*parts, nn.Identity())
+        if conv.kernel_size == (1, 1):
+            return expand(conv, norm, x, activation)
+        return activation(norm(depthwise(conv, x) if conv.groups > 1 else conv(x)))
+
 
 class _SqueezeExcite(nn.Module):
-    """Scales channels with a gate that a small network makes of their means."""
+    """Makes a gate of the means of channels, which are `[batch, channels, 1, 1]` both."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         squeezed = rounded(channels / 4)
         self.fc1, self.fc2 = nn.Linear(channels, squeezed), nn.Linear(squeezed, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return squeeze_excite(x, self._gate)
-
-    def _gate(self, mean: Tensor) -> Tensor:
+    def forward(self, mean: Tensor) -> Tensor:
         return torch.sigmoid(self.fc2(torch.relu(self.fc1(mean.flatten(1)))))[..., None, None]
 
 
@@ -104,8 +108,8 @@ class _SqueezeExcites(nn.Module):
         super().__init__()
         self.conc_se_layers = nn.ModuleList([_SqueezeExcite(channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conc_se_layers[0](x)
+    def forward(self, mean: Tensor) -> Tensor:
+        return self.conc_se_layers[0](mean)
 
 
 class _Block(nn.Module):
@@ -122,7 +126,16 @@ class _Block(nn.Module):
         self.block = nn.Sequential(*parts, _ConvNorm(wide, out, momentum, None))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.is_alike else self.block(x)
+        y, gate = x, None
+        for k in range(len(self.block) - 1):
+            part = self.block[k]
+            if isinstance(part, _SqueezeExcites):
+                gate = part
+            else:
+                y = part(y)
+        last: Any = self.block[-1]
+        y = last[1](project(last[0], y, gate))
+        return x + y if self.is_alike else y
 
 
 class MobileNetV3Encoder(nn.Module):
