@@ -1,6 +1,9 @@
 """The parts of an experiment that need no run."""
 
 import logging
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,3 +79,28 @@ def test_balanced_training_checks_the_file_and_draws_with_its_own_weights(write,
     batch = next(iter(train_batches(hparams, labels)))
     assert ("differs in 2 of 2 weights" in caplog.text) == balanced
     assert len({draw[0] if isinstance(draw, tuple) else draw for draw in batch}) == 2
+
+
+FAULTS = """
+import resource, sys
+import torch
+from psla_sb.experiment import launch
+
+def job(file, run_opts, overrides):
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    print(faults[-1])
+
+launch.main(sys.argv[1], job, [sys.argv[1]])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is set is glibc's")
+def test_on_a_cpu_memory_that_is_freed_is_kept(tmp_path):
+    """It would come from the system again in 16,384 pages of 4 kB."""
+    (tmp_path / "a.yaml").write_text("")
+    done = subprocess.run([sys.executable, "-c", FAULTS, str(tmp_path / "a.yaml")], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000

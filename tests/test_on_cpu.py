@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from efficientnet_pytorch import EfficientNet
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -13,6 +13,13 @@ from torch.nn import functional as F
 from psla_sb.lobes import on_cpu
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    """Sizes at which PyTorch's own way is faster."""
+    monkeypatch.setattr(on_cpu, "LEAST_VALUES", 0)
+    monkeypatch.setattr(on_cpu, "LEAST_PIXELS", 2)
 
 
 def image(*shape, seed=0):
@@ -42,7 +49,7 @@ class Padded(nn.Conv2d):
         return super().forward(self.static_padding(x))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.data())
 def test_depthwise(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
@@ -50,7 +57,7 @@ def test_depthwise(data):
     after = before + draw(0, 2)
     height, width = (draw(max(1, kernel - before - after), 14) for _ in range(2))
     conv, x = Padded(channels, kernel, stride, before, after), image(n_clips, channels, height, width, seed=kernel)
-    assert on_cpu.trains(x)
+    assert on_cpu.trains(conv, x)
     found = on_cpu.depthwise(conv, x)
     exact, y = copy.deepcopy(conv).double(), x.detach().double().requires_grad_()
     expected = exact(y)
@@ -59,7 +66,7 @@ def test_depthwise(data):
         assert_close(one, other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(
     channels=st.integers(1, 24),
     out=st.integers(1, 40),
@@ -98,8 +105,7 @@ def test_one_value_alone_has_no_variance():
         encoder(torch.randn(1, 32, 32))
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@settings(max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
 @given(
     n_clips=st.integers(1, 4),
     channels=st.integers(1, 40),
@@ -107,18 +113,15 @@ def test_one_value_alone_has_no_variance():
     height=st.integers(1, 9),
     width=st.integers(1, 9),
 )
-def test_project(gated, n_clips, channels, out, height, width):
+def test_project(n_clips, channels, out, height, width):
     conv, small = nn.Conv2d(channels, out, 1, bias=False), nn.Conv2d(channels, channels, 1)
     x = image(n_clips, channels, height, width)
-    found = on_cpu.project(conv, x, (lambda mean: torch.sigmoid(small(mean))) if gated else None)
+    found = on_cpu.project(conv, x, lambda mean: torch.sigmoid(small(mean)))
     y, weight = x.detach().double().requires_grad_(), conv.weight.detach().double().requires_grad_()
     (kernel, bias) = (p.detach().double().requires_grad_() for p in small.parameters())
-    gate = torch.sigmoid(F.conv2d(y.mean((2, 3), keepdim=True), kernel, bias))
-    expected = F.conv2d(y * gate if gated else y, weight)
+    expected = F.conv2d(y * torch.sigmoid(F.conv2d(y.mean((2, 3), keepdim=True), kernel, bias)), weight)
     assert_close(found, expected)
-    inputs, others = (x, conv.weight), (y, weight)
-    if gated:
-        inputs, others = (*inputs, *small.parameters()), (*others, kernel, bias)
+    inputs, others = (x, conv.weight, *small.parameters()), (y, weight, kernel, bias)
     for one, other in zip(gradients(found, *inputs), gradients(expected, *others), strict=True):
         assert_close(one, other)
     assert found.is_contiguous(memory_format=torch.channels_last)
@@ -148,7 +151,7 @@ def test_the_packages_gradients(padding, monkeypatch):
 
     found = gradient(encoder, feats)
     with monkeypatch.context() as patch:
-        patch.setattr(on_cpu, "trains", lambda x: False)
+        patch.setattr(on_cpu, "trains", lambda module, x: False)
         plain = gradient(encoder, feats)
     exact = gradient(copy.deepcopy(encoder).double(), feats.double())
     largest = exact.abs().max()
@@ -163,19 +166,41 @@ def test_the_packages_gradients(padding, monkeypatch):
 
 
 def test_other_inputs_go_pytorchs_way():
-    """Half precision, other memory, no gradient: nothing is said to be trained."""
-    x = image(2, 8, 6, 6)
-    assert on_cpu.trains(x)
+    """Half precision, other memory, evaluation, no gradient: nothing is said to be trained."""
+    x, module = image(2, 8, 6, 6), nn.Identity()
+    assert on_cpu.trains(module, x)
     for other in (x.detach(), x.double(), x.contiguous(), x.to(torch.bfloat16), x[:0], x.to("meta")):
-        assert not on_cpu.trains(other)
+        assert not on_cpu.trains(module, other)
+    assert not on_cpu.trains(nn.Identity().eval(), x)
     with torch.no_grad():
-        assert not on_cpu.trains(x)
+        assert not on_cpu.trains(module, x)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not on_cpu.trains(x)
+        assert not on_cpu.trains(module, x)
         # the encoder as a whole too
         encoder = EfficientNetEncoder("b0", depth=0.3)
         encoder(torch.randn(2, 64, 64)).float().sum().backward()
         assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: EfficientNetEncoder("b0", depth=0.3), lambda: MobileNetV3Encoder(0.2)], ids=["b0", "mn02"]
+)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.filterwarnings("ignore:ONNX Preprocess")
+def test_others_export_it(make, training, tmp_path):
+    """As people do: with gradients on."""
+    torch.manual_seed(2)
+    encoder, feats = make().train(), torch.randn(2, 96, 64)
+    encoder(feats)
+    encoder.train(training)
+    traced = torch.jit.trace(copy.deepcopy(encoder), feats, check_trace=False)
+    expected = copy.deepcopy(encoder)(feats) if training else encoder(feats)
+    if not training:
+        torch.testing.assert_close(traced(feats), expected)
+    pytest.importorskip("onnx")
+    mode = torch.onnx.TrainingMode.TRAINING if training else torch.onnx.TrainingMode.EVAL
+    torch.onnx.export(encoder, (feats,), tmp_path / "encoder.onnx", dynamo=False, training=mode)
+    assert (tmp_path / "encoder.onnx").stat().st_size > 100_000
 
 
 def test_frozen_weights_get_no_gradient_and_others_theirs():

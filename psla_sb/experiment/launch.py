@@ -1,5 +1,7 @@
 """How a recipe's script runs: processes, signals, exit statuses, and errors in one line."""
 
+import contextlib
+import ctypes
 import dataclasses
 import errno
 import importlib.metadata
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process
+from speechbrain.utils.distributed import ddp_init_group, get_local_rank, if_main_process, infer_device
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
@@ -38,6 +40,8 @@ EXIT_INTERRUPTED = 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SECONDS_TO_BE_ENDED = 5.0
+# of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], arguments: list[str] | None = None) -> None:
@@ -69,6 +73,8 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         except (RuntimeError, AssertionError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"--device={run_opts.device} cannot be used: {reason}") from None
+        if (run_opts.device or infer_device()) == "cpu":
+            _keep_memory()
         with shared_memory():
             job(Path(file) if Path(file).is_file() else beside, run_opts, overrides)
     except Interrupted:
@@ -110,6 +116,14 @@ def main(recipe: str, job: Callable[[Path, RunOptions, dict[str, Any]], Any], ar
         end_workers()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _keep_memory() -> None:
+    """Has glibc keep large blocks that are freed; it would give them back, and get the next ones from the system page by page."""
+    with contextlib.suppress(AttributeError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def stop(signum: int, frame: Any) -> None:

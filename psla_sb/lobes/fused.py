@@ -32,8 +32,8 @@ def _is_for_kernels(x: Tensor) -> bool:
 
 
 def have_kernels(device: torch.device) -> bool:
-    """Says whether the kernels can be used: on the current GPU, where they work, and not by the compiler, which makes its own."""
-    if kernels is None or torch.compiler.is_compiling():
+    """Says whether the kernels can be used: on the current GPU, where they work, and not by what compiles or traces a network."""
+    if kernels is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return device.index == torch.cuda.current_device() and _work_here(device)
 
@@ -222,7 +222,7 @@ class _Excite(torch.autograd.Function):
 
 def depthwise(conv: Any, x: Tensor) -> Tensor:
     """Convolves each channel by itself, where the gradient is the slow part of it."""
-    if on_cpu.trains(x):
+    if on_cpu.trains(conv, x):
         return on_cpu.depthwise(conv, x)
     is_plain = tuple(conv.stride) == (1, 1) and conv.bias is None
     if not (is_plain and torch.is_grad_enabled() and x.requires_grad and _is_for_kernels(x)):
@@ -233,17 +233,19 @@ def depthwise(conv: Any, x: Tensor) -> Tensor:
 
 def expand(conv: Any, norm: Any, x: Tensor, activation: nn.Module) -> Tensor:
     """Convolves with a 1x1 kernel, normalises and activates."""
-    # of one value alone there is no variance, which PyTorch says
-    if norm.training and _is_usual(norm) and on_cpu.trains(x) and conv.bias is None and x.numel() > x.shape[1]:
+    is_worth_it = x.numel() >= on_cpu.LEAST_PIXELS * x.shape[1]
+    if is_worth_it and _is_usual(norm) and on_cpu.trains(norm, x) and conv.bias is None:
         return activation(on_cpu.expand(conv, norm, x))
     return norm_act(norm, conv(x), activation)
 
 
 def project(conv: Any, x: Tensor, gate_of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Convolves with a 1x1 kernel what `squeeze_excite` gives, or, without a gate, x."""
-    if on_cpu.trains(x) and conv.bias is None:
+    if gate_of is None:
+        return conv(x)
+    if x.numel() >= on_cpu.LEAST_VALUES and on_cpu.trains(conv, x) and conv.bias is None:
         return on_cpu.project(conv, x, gate_of)
-    return conv(x if gate_of is None else squeeze_excite(x, gate_of))
+    return conv(squeeze_excite(x, gate_of))
 
 
 class _Depthwise(torch.autograd.Function):

@@ -10,20 +10,23 @@ from torch.nn import functional as F
 
 # oneDNN takes ten times as long for the gradient of wider depthwise kernels in channels-last memory
 FAST_COLUMNS = 3
+# of less it takes longer to call more operations than they save: values of wide channels, pixels of narrow ones
+LEAST_VALUES, LEAST_PIXELS = 2**17, 2**13
 
 
-def trains(x: Tensor) -> bool:
-    """Says whether a CPU trains on it in float32 and channels-last memory."""
+def trains(module: nn.Module, x: Tensor) -> bool:
+    """Says whether a CPU trains a module on x in float32 and channels-last memory, and nobody traces what it does."""
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
-    is_wanted = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-    return is_plain and is_wanted and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    is_wanted = module.training and torch.is_grad_enabled() and x.requires_grad
+    is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_wanted and not is_seen and is_plain and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Convolves each channel by itself."""
     before, after = _padding(conv)
     is_slow = before < after or (before == after and conv.kernel_size[1] > FAST_COLUMNS)
-    if conv.bias is not None or not is_slow or before > FAST_COLUMNS:
+    if conv.bias is not None or not is_slow or before > FAST_COLUMNS or x.numel() < LEAST_VALUES:
         return conv(x)
     return _Depthwise.apply(x, conv.weight, conv.stride[0], before, after)
 
@@ -78,24 +81,20 @@ def expand(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
     What a linear map W makes of x has the mean W m and the variances diag(W C W^T), with the mean m and the covariances C of x,
     which has fewer channels. So the normalisation goes into the kernel, and no pass over what comes out is made, there and back.
     """
-    weight, pixels = conv.weight.flatten(1), x.permute(0, 2, 3, 1).flatten(0, 2)
-    mean = pixels.mean(0)
-    centred = pixels - mean
-    outer = centred.T @ centred
-    var = ((weight @ outer) * weight).sum(1).clamp(min=0.0) / len(pixels)
-    new_mean, scale = weight @ mean, norm.weight * torch.rsqrt(var + norm.eps)
+    weight, mean = conv.weight.flatten(1), x.mean((0, 2, 3))
+    centred = x - mean[:, None, None]
+    pixels = centred.permute(0, 2, 3, 1).flatten(0, 2)
+    var = ((weight @ (pixels.T @ pixels)) * weight).sum(1).clamp(min=0.0) / len(pixels)
     with torch.no_grad():
-        norm.running_mean.lerp_(new_mean, norm.momentum)
+        norm.running_mean.lerp_(weight @ mean, norm.momentum)
         norm.running_var.lerp_(var * (len(pixels) / (len(pixels) - 1)), norm.momentum)
         norm.num_batches_tracked.add_(1)
-    return F.conv2d(x, (weight * scale[:, None])[:, :, None, None], norm.bias - new_mean * scale)
+    scale = norm.weight * torch.rsqrt(var + norm.eps)
+    return F.conv2d(centred, (weight * scale[:, None])[:, :, None, None], norm.bias)
 
 
-def project(conv: nn.Conv2d, x: Tensor, gate_of: Callable[[Tensor], Tensor] | None) -> Tensor:
-    """Convolves with a 1x1 kernel, which has no bias, x scaled by a gate that is made of its means, if there is one."""
-    if gate_of is None:
-        # as a matrix product, whose gradient is faster
-        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1)).permute(0, 3, 1, 2)
+def project(conv: nn.Conv2d, x: Tensor, gate_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Convolves with a 1x1 kernel, which has no bias, x scaled by a gate `[batch, channels, 1, 1]` that is made of its means."""
     mean, same = _Mean.apply(x)
     return _GatedProduct.apply(same, gate_of(mean).flatten(1), conv.weight)
 
