@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from efficientnet_pytorch import EfficientNet
+from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -22,6 +23,11 @@ def small_ones_too(monkeypatch):
     monkeypatch.setattr(on_cpu, "LEAST_PIXELS", 2)
 
 
+ENCODERS = pytest.mark.parametrize(
+    "make", [lambda: EfficientNetEncoder("b0", depth=0.3), lambda: MobileNetV3Encoder(0.2)], ids=["b0", "mn02"]
+)
+
+
 def image(*shape, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return x.to(memory_format=torch.channels_last).requires_grad_()
@@ -37,16 +43,12 @@ def assert_close(found, expected):
     torch.testing.assert_close(found.double(), expected, atol=1e-5 * max(1.0, expected.abs().max().item()), rtol=1e-4)
 
 
-class Padded(nn.Conv2d):
-    """As efficientnet_pytorch pads: in front of the convolution."""
-
-    def __init__(self, channels, kernel, stride, before, after):
-        super().__init__(channels, channels, kernel, stride, groups=channels, bias=False)
-        self.static_padding = nn.ZeroPad2d((before, after, before, after)) if before != after else nn.Identity()
-        self.padding = (0, 0) if before != after else (before, before)
-
-    def forward(self, x):
-        return super().forward(self.static_padding(x))
+def padded(channels, kernel, stride, before, after):
+    """A depthwise convolution as efficientnet_pytorch has it, padded in front of it or within it."""
+    conv = Conv2dStaticSamePadding(channels, channels, kernel, stride, image_size=1, groups=channels, bias=False)
+    conv.static_padding = nn.ZeroPad2d((before, after, before, after)) if before != after else nn.Identity()
+    conv.padding = (0, 0) if before != after else (before, before)
+    return conv
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
@@ -56,8 +58,8 @@ def test_depthwise(data):
     kernel, stride, before, n_clips, channels = draw(1, 7), draw(1, 3), draw(0, 3), draw(1, 3), draw(1, 20)
     after = before + draw(0, 2)
     height, width = (draw(max(1, kernel - before - after), 14) for _ in range(2))
-    conv, x = Padded(channels, kernel, stride, before, after), image(n_clips, channels, height, width, seed=kernel)
-    assert on_cpu.trains(conv, x)
+    conv, x = padded(channels, kernel, stride, before, after), image(n_clips, channels, height, width, seed=kernel)
+    assert on_cpu.trains(x, conv)
     found = on_cpu.depthwise(conv, x)
     exact, y = copy.deepcopy(conv).double(), x.detach().double().requires_grad_()
     expected = exact(y)
@@ -127,9 +129,7 @@ def test_project(n_clips, channels, out, height, width):
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: EfficientNetEncoder("b0", depth=0.3), lambda: MobileNetV3Encoder(0.2)], ids=["b0", "mn02"]
-)
+@ENCODERS
 def test_gradients_can_be_asked_for_twice(make):
     torch.manual_seed(0)
     encoder = make().train()
@@ -151,7 +151,7 @@ def test_the_packages_gradients(padding, monkeypatch):
 
     found = gradient(encoder, feats)
     with monkeypatch.context() as patch:
-        patch.setattr(on_cpu, "trains", lambda module, x: False)
+        patch.setattr(on_cpu, "trains", lambda x, *modules: False)
         plain = gradient(encoder, feats)
     exact = gradient(copy.deepcopy(encoder).double(), feats.double())
     largest = exact.abs().max()
@@ -167,24 +167,22 @@ def test_the_packages_gradients(padding, monkeypatch):
 
 def test_other_inputs_go_pytorchs_way():
     """Half precision, other memory, evaluation, no gradient: nothing is said to be trained."""
-    x, module = image(2, 8, 6, 6), nn.Identity()
-    assert on_cpu.trains(module, x)
+    x, module = image(2, 8, 6, 6), nn.Conv2d(8, 8, 1)
+    assert on_cpu.trains(x, module)
     for other in (x.detach(), x.double(), x.contiguous(), x.to(torch.bfloat16), x[:0], x.to("meta")):
-        assert not on_cpu.trains(module, other)
-    assert not on_cpu.trains(nn.Identity().eval(), x)
+        assert not on_cpu.trains(other, module)
+    assert not on_cpu.trains(x, nn.Conv2d(8, 8, 1).eval())
     with torch.no_grad():
-        assert not on_cpu.trains(module, x)
+        assert not on_cpu.trains(x, module)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not on_cpu.trains(module, x)
+        assert not on_cpu.trains(x, module)
         # the encoder as a whole too
         encoder = EfficientNetEncoder("b0", depth=0.3)
         encoder(torch.randn(2, 64, 64)).float().sum().backward()
         assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: EfficientNetEncoder("b0", depth=0.3), lambda: MobileNetV3Encoder(0.2)], ids=["b0", "mn02"]
-)
+@ENCODERS
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.filterwarnings("ignore:ONNX Preprocess")
 def test_others_export_it(make, training, tmp_path):
@@ -220,3 +218,25 @@ def test_frozen_weights_get_no_gradient_and_others_theirs():
             torch.testing.assert_close(parameter.grad, wanted[name], atol=tolerance, rtol=1e-3)
         else:
             assert parameter.grad is None
+
+
+@ENCODERS
+def test_what_others_put_in_is_called(make, monkeypatch):
+    """A part that was replaced, or hooked on to, does what it does: an adapter adds something to what its weight gives."""
+    torch.manual_seed(5)
+    feats, encoder = torch.randn(2, 96, 64), make().train()
+    called, parts = [], [part for part in encoder.modules() if isinstance(part, (nn.Conv2d, nn.BatchNorm2d))]
+    handles = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in parts]
+    plain = encoder(feats)
+    assert len(called) == len(parts)
+    for handle in handles:
+        handle.remove()
+    for part in parts:
+        if isinstance(part, nn.Conv2d):
+            kind = type(part)
+            forward = lambda self, x, kind=kind: kind.forward(self, x) * 1.5 + x.mean()  # noqa: E731
+            part.__class__ = type("Adapted", (kind,), {"forward": forward})
+    found = encoder(feats)
+    monkeypatch.setattr(on_cpu, "trains", lambda x, *modules: False)
+    torch.testing.assert_close(found, encoder(feats))
+    assert not torch.allclose(found, plain, atol=1e-2)

@@ -258,7 +258,7 @@ def test_only_batches_of_the_usual_size_are_compiled(make_brain, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     # what is compiled is rounded as PyTorch's own operations are
-    monkeypatch.setattr(on_cpu, "trains", lambda module, x: False)
+    monkeypatch.setattr(on_cpu, "trains", lambda x, *modules: False)
     brain, eager = make_brain(), make_brain()
     brain.hparams.compile_model, brain.hparams.batch_size = "yes", 2
     with pytest.raises(InputError, match="compile_model must be True, False or auto, not 'yes'"):
@@ -286,7 +286,7 @@ def test_an_encoder_that_cannot_be_compiled(make_brain, monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     # what is compiled is rounded as PyTorch's own operations are
-    monkeypatch.setattr(on_cpu, "trains", lambda module, x: False)
+    monkeypatch.setattr(on_cpu, "trains", lambda x, *modules: False)
     brain = make_brain()
     brain.hparams.compile_model, brain.hparams.batch_size = True, 2
     brain._compile()

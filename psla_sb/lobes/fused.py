@@ -89,7 +89,13 @@ def norm_act(norm: Any, x: Tensor, activation: nn.Module | None) -> Tensor:
 
 
 def _is_usual(norm: nn.Module) -> bool:
-    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and on_cpu.untouched(norm)
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
 
 
 class _NormAct(torch.autograd.Function):
@@ -222,9 +228,9 @@ class _Excite(torch.autograd.Function):
 
 def depthwise(conv: Any, x: Tensor) -> Tensor:
     """Convolves each channel by itself, where the gradient is the slow part of it."""
-    if on_cpu.trains(conv, x):
+    if on_cpu.trains(x, conv):
         return on_cpu.depthwise(conv, x)
-    is_plain = tuple(conv.stride) == (1, 1) and conv.bias is None
+    is_plain = tuple(conv.stride) == (1, 1) and conv.bias is None and on_cpu.untouched(conv)
     if not (is_plain and torch.is_grad_enabled() and x.requires_grad and _is_for_kernels(x)):
         return conv(x)
     # what a GPU has for its gradient is slower than the convolution with the kernel reversed
@@ -234,7 +240,7 @@ def depthwise(conv: Any, x: Tensor) -> Tensor:
 def expand(conv: Any, norm: Any, x: Tensor, activation: nn.Module) -> Tensor:
     """Convolves with a 1x1 kernel, normalises and activates."""
     is_worth_it = x.numel() >= on_cpu.LEAST_PIXELS * x.shape[1]
-    if is_worth_it and _is_usual(norm) and on_cpu.trains(norm, x) and conv.bias is None:
+    if is_worth_it and _is_usual(norm) and on_cpu.trains(x, conv, norm) and conv.bias is None:
         return activation(on_cpu.expand(conv, norm, x))
     return norm_act(norm, conv(x), activation)
 
@@ -243,7 +249,7 @@ def project(conv: Any, x: Tensor, gate_of: Callable[[Tensor], Tensor] | None = N
     """Convolves with a 1x1 kernel what `squeeze_excite` gives, or, without a gate, x."""
     if gate_of is None:
         return conv(x)
-    if x.numel() >= on_cpu.LEAST_VALUES and on_cpu.trains(conv, x) and conv.bias is None:
+    if x.numel() >= on_cpu.LEAST_VALUES and on_cpu.trains(x, conv) and conv.bias is None:
         return on_cpu.project(conv, x, gate_of)
     return conv(squeeze_excite(x, gate_of))
 

@@ -4,21 +4,29 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from efficientnet_pytorch.utils import Conv2dStaticSamePadding
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+PLAIN = (nn.Conv2d, Conv2dStaticSamePadding, nn.BatchNorm2d)
 # oneDNN takes ten times as long for the gradient of wider depthwise kernels in channels-last memory
 FAST_COLUMNS = 3
 # of less it takes longer to call more operations than they save: values of wide channels, pixels of narrow ones
 LEAST_VALUES, LEAST_PIXELS = 2**17, 2**13
 
 
-def trains(module: nn.Module, x: Tensor) -> bool:
-    """Says whether a CPU trains a module on x in float32 and channels-last memory, and nobody traces what it does."""
+def untouched(*modules: nn.Module) -> bool:
+    """Says whether modules are convolutions and normalisations as PyTorch has them, which nobody has replaced, or hooked on to."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return all(type(module) in PLAIN and not any(getattr(module, name) for name in hooks) for module in modules)
+
+
+def trains(x: Tensor, *modules: nn.Module) -> bool:
+    """Says whether a CPU trains modules on x in float32 and channels-last memory, and nobody sees, or traces, what they do."""
     is_plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
-    is_wanted = module.training and torch.is_grad_enabled() and x.requires_grad
-    is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_wanted = torch.is_grad_enabled() and x.requires_grad and all(module.training for module in modules)
+    is_seen = torch.compiler.is_compiling() or torch.jit.is_tracing() or not untouched(*modules)
     return is_wanted and not is_seen and is_plain and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 

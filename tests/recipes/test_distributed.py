@@ -92,7 +92,7 @@ def test_a_compiled_training_of_two_processes_that_accumulate_and_go_on(mini_dat
         "from psla_sb.lobes import on_cpu\n"
         "torch.compile = functools.partial(torch.compile, backend='eager')\n"
         # what is compiled is rounded as PyTorch's own operations are
-        "on_cpu.trains = lambda module, x: False\n"
+        "on_cpu.trains = lambda x, *modules: False\n"
         f"runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
     )
     for compiled in (True, False):
