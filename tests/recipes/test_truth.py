@@ -333,7 +333,7 @@ def test_files_have_the_modes_that_the_umask_gives(mini_data, tmp_path):
     mask = os.umask(0o027)
     try:
         argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run", number_of_epochs=1)
-        run(argv, cwd=tmp_path)
+        run(argv, cwd=tmp_path, fresh=True)
     finally:
         os.umask(mask)
     # SpeechBrain's copy of the script has the script's own
