@@ -125,8 +125,8 @@ def embedded_set(folder):
     prepare_audioset(folder, annotations[0], ["balanced_train_segments.csv"], annotations[1], ["eval_segments.csv"])
     vocabulary, front_end = Vocabulary.from_csv(folder / "class_labels_indices.csv"), KaldiFbank(n_mels=64, n_frames=198)
     for manifest in (Manifest.from_csv(annotation, data_root=folder) for annotation in annotations):
-        feats = torch.cat([GlobalNorm()(front_end(read_clip(clip["wav"])[None])) for clip in manifest])
-        yield feats, torch.from_numpy(manifest.targets(vocabulary)).float()
+        wavs = torch.stack([read_clip(clip["wav"]) for clip in manifest])
+        yield GlobalNorm()(front_end(wavs)), torch.from_numpy(manifest.targets(vocabulary)).float()
 
 
 def train(model, feats, targets, n_epochs, batch_size=16, lr=1e-3):

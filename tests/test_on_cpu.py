@@ -192,9 +192,10 @@ def test_others_export_it(make, training, tmp_path):
     encoder(feats)
     encoder.train(training)
     traced = torch.jit.trace(copy.deepcopy(encoder), feats, check_trace=False)
-    expected = copy.deepcopy(encoder)(feats) if training else encoder(feats)
-    if not training:
-        torch.testing.assert_close(traced(feats), expected)
+    torch.manual_seed(6)
+    found = traced(feats)
+    torch.manual_seed(6)
+    torch.testing.assert_close(found, encoder(feats), atol=1e-4, rtol=1e-3)
     pytest.importorskip("onnx")
     mode = torch.onnx.TrainingMode.TRAINING if training else torch.onnx.TrainingMode.EVAL
     torch.onnx.export(encoder, (feats,), tmp_path / "encoder.onnx", dynamo=False, training=mode)

@@ -82,6 +82,8 @@ class _ConvNorm(nn.Sequential):
         super().__init__(*parts, *([] if activation is None else [activation()]))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
         parts: Any = list(self)
         conv, norm, activation = parts if len(parts) == 3 else (*parts, nn.Identity())
         if conv.kernel_size == (1, 1):
