@@ -64,6 +64,7 @@ setup(
             "psla-tag = psla_sb.cli.tag:tag",
             "psla-export = psla_sb.cli.export:export",
             "psla-import = psla_sb.cli.import_psla:import_checkpoint",
+            "psla-fit = psla_sb.cli.fit:fit",
             "psla-pack = psla_sb.cli.pack:pack",
             "psla-ontology = psla_sb.cli.ontology:ontology",
             "psla-demo = psla_sb.cli.demo:demo",

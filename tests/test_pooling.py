@@ -119,3 +119,24 @@ def test_bad_arguments():
         AttentionPooling(24, 7, n_heads=0)
     with pytest.raises(ValueError, match="n_classes"):
         MeanPooling(24, 0)
+
+
+@pytest.mark.parametrize("n_heads", [1, 4])
+def test_one_label_for_each_clip(n_heads):
+    classifier = AttentionPooling(24, 7, n_heads, activation="softmax")
+    x = torch.randn(3, 24, 4, 9)
+    answer, steps = classifier(x), classifier.segment_scores(x)
+    torch.testing.assert_close(answer.sum(1), torch.ones(3))
+    torch.testing.assert_close(steps.sum(1), torch.ones(3, 9))
+    # the formula, head by head
+    mean, pooled = x.mean(2), 0.0
+    for a, c, weight in classifier._heads():
+        attention = torch.sigmoid(a(mean[:, :, None]))[:, :, 0]
+        scores = c(mean[:, :, None])[:, :, 0].softmax(1)
+        pooled = pooled + weight * (attention * scores).sum(2) / attention.sum(2)
+    torch.testing.assert_close(answer, pooled / pooled.sum(1, keepdim=True), atol=1e-6, rtol=1e-5)
+    # the form for a GPU, which computes all heads at once
+    at_once = classifier._heads_at_once(mean.transpose(1, 2))
+    torch.testing.assert_close(at_once, pooled, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="activation must be one of sigmoid, softmax, not 'relu'"):
+        AttentionPooling(24, 7, n_heads, activation="relu")

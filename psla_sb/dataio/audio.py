@@ -132,6 +132,23 @@ def duration(path: AudioFile) -> float:
     return decoders.duration(*_source(path))
 
 
+def sample_rate_of(path: AudioFile) -> int:
+    """Finds out a file's sample rate, in Hz, of its first samples; errors as of `read_audio`.
+
+    Example
+    -------
+    >>> import soundfile
+    >>> path = getfixture("tmp_path") / "a.wav"
+    >>> soundfile.write(path, [0.0] * 8000, 16000)
+    >>> sample_rate_of(path)
+    16000
+    """
+    name, source = _source(path)
+    for rate, _ in decoders.decoded(name, source, seconds=0.1):
+        return rate
+    raise AudioError(f"{name}: has no samples")
+
+
 def as_floats(samples: torch.Tensor) -> torch.Tensor:
     """Converts samples of 16 bits to floats in [-1, 1), and leaves floats as they are."""
     return samples.float().mul_(2**-15) if samples.dtype == torch.int16 else samples

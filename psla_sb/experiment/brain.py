@@ -35,6 +35,7 @@ from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 logger = get_logger(__name__)
 
 EPSILON = 1e-7
+STEPS_BEFORE_ETA = 8
 
 
 def as_list(value: Any) -> list[Any]:
@@ -59,6 +60,22 @@ def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     """
     p, t = probabilities, targets
     return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+
+
+def cross_entropy(probabilities: Tensor, targets: Tensor, activation: str = "sigmoid") -> Tensor:
+    """The loss that belongs to a head's activation: "sigmoid", any number of labels, or "softmax", one label for each clip.
+
+    The first is `binary_cross_entropy`. The second is the mean over clips of -sum(t log p), with targets t divided by their sum: a
+    mixture of two clips has two labels.
+
+    Example
+    -------
+    >>> cross_entropy(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[1.0, 0.0, 0.0]]), "softmax")
+    tensor(0.6931)
+    """
+    if activation == "sigmoid":
+        return binary_cross_entropy(probabilities, targets)
+    return -(targets / targets.sum(1, keepdim=True).clamp(min=EPSILON) * probabilities.log()).sum(1).mean()
 
 
 class TaggingBrain(DeviceBrain):
@@ -89,7 +106,7 @@ class TaggingBrain(DeviceBrain):
     torch.Size([2, 5])
     """
 
-    stop_requested = False
+    stop_requested = has_said_how_long = False
     pace: Any = None  # a Pace, once an epoch has begun
     _scored: deque[tuple[Tensor, Reading]]
     valid_manifest: Manifest | None = None
@@ -170,12 +187,27 @@ class TaggingBrain(DeviceBrain):
         if self.pace is None:
             self.pace = Pace(self.step - 1)
         self.pace.clips += len(batch.id) - n_partners_of(batch)
+        self.say_how_long()
         self.heartbeat()
         rank, _ = rank_and_world_size()
         seeds = np.random.SeedSequence([self.hparams.seed, self.optimizer_step, self.step, rank]).generate_state(2)
         torch.manual_seed(int(seeds[0]) << 32 | int(seeds[1]))
         np.random.seed(seeds[0])  # noqa: NPY002 - for augmentations that use the global generator
         self.hparams.schedule.on_step(self.optimizer, self.optimizer_step)
+
+    def say_how_long(self) -> None:
+        """Says once, after some steps, how long the training will take."""
+        done = self.step - 1 - self.pace.first_step
+        if self.has_said_how_long or done < STEPS_BEFORE_ETA or not if_main_process():
+            return
+        self.has_said_how_long = True
+        n_steps, counter = self.n_steps or self.step, self.hparams.epoch_counter
+        # a clip is scored in a third of the time that it is trained in: backwards takes twice as long as forwards
+        size = getattr(self.hparams, "batch_size", None) or 1
+        scoring = self.n_clips.get(sb.Stage.VALID, 0) / size / 3 / rank_and_world_size()[1]
+        epochs_left = counter.limit - counter.current + 1
+        seconds = self.pace.seconds() / done * (epochs_left * (n_steps + scoring) - self.step + 1)
+        logger.info("%d epochs of %d steps: about %s, before the evaluation", counter.limit, n_steps, duration_text(seconds))
 
     def heartbeat(self) -> None:
         """Says every few minutes how far the epoch is, where no progress bar does."""
@@ -302,6 +334,9 @@ class TaggingBrain(DeviceBrain):
     def on_epoch_end(self, epoch: int) -> None:
         """Records the epoch, then writes a checkpoint; keeps the last and the best by validation mAP."""
         record = run_on_main(self.record_epoch, [epoch])
+        if hasattr(self.hparams.epoch_counter, "update_metric"):
+            # of an EpochCounterWithStopper; before the checkpoint, which has what it decides
+            self.hparams.epoch_counter.update_metric(record["mAP"])
         if self.checkpointer is not None:
             meta = {"epoch": epoch, "mAP": record["mAP"]}
             self.checkpointer.save_and_keep_only(meta=meta, max_keys=["mAP"], verbosity=logging.DEBUG)

@@ -70,7 +70,9 @@ def evaluate(
     if not epochs:
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
-    averaged = [number for number in numbers if number >= hparams.average_start] or numbers[-1:]
+    # a negative number counts from the end, which an early one may be
+    first = hparams.average_start if hparams.average_start > 0 else numbers[-1] + 1 + hparams.average_start
+    averaged = [number for number in numbers if number >= first] or numbers[-1:]
 
     def write_average() -> None:
         load_into(trained_modules(hparams.modules), average_weights([snapshot_path(folder, number) for number in averaged]))
@@ -210,4 +212,6 @@ def results_table(results: Mapping[str, Any], published: Mapping[str, float]) ->
         if key in results["evaluation"]:
             cells = table_cells(results["evaluation"][key])
             lines.append(f"{title:36}{cells}" + (f"{published[key]:11.3f}" if key in published else ""))
+    if baseline := results.get("baseline"):
+        lines.append(f"{'logistic regression on mel bands':36}{table_cells(baseline)}")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""PSLA's learning rate: a warm-up in stairs by optimizer step, then halving by epoch.
+"""Learning rates: PSLA's, a warm-up in stairs by optimizer step and then halving by epoch; one for fine-tuning, by step alone.
 
-Source: "PSLA: Improving Audio Tagging with Pretraining, Sampling, Labeling, and Aggregation" (Gong, Chung, Glass; IEEE/ACM
-TASLP vol. 29, 2021) and its published code.
+Source of the first: "PSLA: Improving Audio Tagging with Pretraining, Sampling, Labeling, and Aggregation" (Gong, Chung, Glass;
+IEEE/ACM TASLP vol. 29, 2021) and its published code.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,3 +76,62 @@ class WarmupDecayScheduler:
         if epoch >= self.decay_start and (epoch - self.decay_start) % self.decay_interval == 0:
             for group in optimizer.param_groups:
                 group["lr"] *= self.decay_factor
+
+
+@dataclass(eq=False)
+class CosineScheduler:
+    """Raises the rate linearly from 0 and lets it fall along half a cosine (Loshchilov, Hutter, "SGDR", 2017), by optimizer step.
+
+    A parameter group's rate is multiplied by its `lr_scale`, if it has one, and is 0 before `head_steps` if it has
+    `"after_head": True`: the groups of an encoder wait until a new head has learnt something. After `head_steps` the warm-up begins
+    again, for all groups. The state is the step alone, so a resumed run continues exactly.
+
+    Arguments
+    ---------
+    lr
+        The full rate.
+    n_steps
+        Optimizer steps of the whole training; a `FineTuningBrain` sets it. With more epochs than before, a run that goes on has a
+        rate that has fallen less.
+    warmup
+        The part of the steps in which the rate rises.
+    head_steps
+        Optimizer steps of the head alone.
+
+    Example
+    -------
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> scheduler = CosineScheduler(lr=0.1, n_steps=6, warmup=1 / 3)
+    >>> rates = []
+    >>> for step in range(6):
+    ...     scheduler.on_step(optimizer, step)
+    ...     rates.append(round(optimizer.param_groups[0]["lr"], 3))
+    >>> rates
+    [0.05, 0.09, 0.065, 0.035, 0.01, 0.0]
+    """
+
+    lr: float
+    n_steps: int | None = None
+    warmup: float = 0.05
+    head_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and 0 <= self.warmup <= 1 and self.head_steps >= 0):
+            raise ValueError(f"lr must be positive, warmup from 0 to 1, head_steps at least 0, not {self}")
+
+    def on_step(self, optimizer: Any, step: int) -> None:
+        """Sets the rates of all parameter groups; `step` is 0 before the first batch."""
+        if self.n_steps is None:
+            raise ValueError("CosineScheduler needs n_steps, how many optimizer steps the training has")
+        head = step < self.head_steps
+        # of the part that this step is in
+        done, steps = (step, self.head_steps) if head else (step - self.head_steps, self.n_steps - self.head_steps)
+        rise = min(1.0, (done + 1) / max(1, round(self.warmup * steps)))
+        fall = 1.0 if head else 0.5 * (1 + math.cos(math.pi * min(1.0, done / max(1, steps - 1))))
+        for group in optimizer.param_groups:
+            waits = head and group.get("after_head", False)
+            group["lr"] = 0.0 if waits else self.lr * rise * fall * group.get("lr_scale", 1.0)
+
+    def on_epoch_end(self, optimizer: Any, epoch: int) -> None:
+        """Does nothing: the rate depends on the step alone."""

@@ -17,7 +17,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml, without_pretrained
-from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results
+from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results, write_results
 from psla_sb.checkpoints.tagger_folder import write_tagger
 from psla_sb.checkpoints.transfer import load_pretrained_tagger
 from psla_sb.checkpoints.weights import trained_modules
@@ -56,7 +56,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
-    settings = read_settings(hparams_file, overrides, optional=("trust", "track", "compile_model"))
+    settings = read_settings(hparams_file, overrides, optional=("trust", "track", "compile_model", "report", "baseline"))
     folder = Path(settings["output_folder"])
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
     building = copy.deepcopy(settings)
@@ -134,6 +134,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     for signum in launch.STOP_SIGNALS:
         signal.signal(signum, launch.stop)
     results = evaluate(brain, dataset, name, vocabulary, valid_loader)
+    if hparams.get("baseline"):
+        results = run_on_main(_add_baseline, [folder, hparams, {name: clips for name, (clips, _) in sets.items()}, vocabulary])
     if if_main_process():
         write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary)
         published, reason = hparams["published"], None
@@ -151,6 +153,15 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
 
         write_pictures(brain, dataset, name, vocabulary, train_labels)
         trackers.log_results(loggers, results["evaluation"], sorted((folder / "plots").glob("*.png")))
+    return results
+
+
+def _add_baseline(folder: Path, hparams: dict[str, Any], clips: dict[str, Manifest], vocabulary: Vocabulary) -> dict[str, Any]:
+    # scikit-learn is slow to import
+    from psla_sb.experiment.baseline import baseline
+
+    results = {**read_results(folder), "baseline": baseline(hparams, clips, vocabulary)}
+    write_results(folder, results)
     return results
 
 

@@ -4,7 +4,7 @@ Formulas of attention and mean: Gong, Chung, Glass, "PSLA", IEEE/ACM TASLP 29, 2
 names of parameters. `MLPPooling` and `ConvPooling` are the heads of EfficientAT (Schmid, Koutini, Widmer, arXiv 2211.04772).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,11 +36,20 @@ def _steps(feature_map: Tensor) -> Tensor:
     return (x.mean(2) if x.dim() == 4 else x).transpose(1, 2)
 
 
-def _sigmoid_of(conv: nn.Conv2d, x: Tensor) -> Tensor:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda x: x.softmax(-1)}
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+
+
+def _activated(conv: nn.Conv2d, x: Tensor, activation: str = "sigmoid") -> Tensor:
     # [batch, steps, channels] -> [batch, steps, classes]: a 1x1 convolution is a matrix product
     weight, bias = conv.weight.flatten(1), conv.bias
     # the CPU's own order of operations: what was computed there stays the same to the last bit
-    return torch.sigmoid(float32_matmul(x, weight.T) + bias if x.is_cuda and bias is not None else F.linear(x, weight, bias))
+    logits = float32_matmul(x, weight.T) + bias if x.is_cuda and bias is not None else F.linear(x, weight, bias)
+    return ACTIVATIONS[activation](logits)
 
 
 class AttentionPooling(nn.Module):
@@ -50,16 +59,23 @@ class AttentionPooling(nn.Module):
     sum over the steps, and c = sigmoid(C_h x); its answer is the sum over the steps of a * c. The module's answer is the
     sum of the heads' answers, weighted with the learnable `head_weight` (a single head has none).
 
+    Arguments
+    ---------
+    activation
+        "sigmoid": a clip has any number of labels. "softmax": it has one; c = softmax(C_h x) over the classes, and the answers are
+        divided by their sum over the classes.
+
     Example
     -------
     >>> AttentionPooling(in_channels=1408, n_classes=527, n_heads=4)(torch.rand(2, 1408, 4, 33)).shape
     torch.Size([2, 527])
     """
 
-    def __init__(self, in_channels: int, n_classes: int, n_heads: int = 4) -> None:
+    def __init__(self, in_channels: int, n_classes: int, n_heads: int = 4, activation: str = "sigmoid") -> None:
         super().__init__()
         _check_sizes(in_channels=in_channels, n_classes=n_classes, n_heads=n_heads)
-        self.n_heads = n_heads
+        _check_activation(activation)
+        self.n_heads, self.activation = n_heads, activation
         self.att, self.cla = (_convs(in_channels, n_classes, n_heads) for _ in range(2))
         if n_heads > 1:
             self.head_weight = nn.Parameter(torch.full((n_heads,), 1 / n_heads))
@@ -76,8 +92,12 @@ class AttentionPooling(nn.Module):
                 answer = self._heads_at_once(x)
             else:
                 for att, cla, weight in self._heads():
-                    attention = _sigmoid_of(att, x).clamp(1e-7, 1 - 1e-7)
-                    answer = answer + weight * ((attention * _sigmoid_of(cla, x)).sum(1) / attention.sum(1))
+                    attention = _activated(att, x).clamp(1e-7, 1 - 1e-7)
+                    answer = answer + weight * ((attention * _activated(cla, x, self.activation)).sum(1) / attention.sum(1))
+            if self.activation == "softmax":
+                # attention differs between the classes, so what it has pooled is no distribution any more
+                answer = answer.clamp(min=0.0)
+                answer = answer / answer.sum(1, keepdim=True).clamp(min=1e-7)
         # head weights can push it a little out of [0, 1]; in training that is the loss's business, as in the published system
         return answer if self.training else answer.clamp(0.0, 1.0)
 
@@ -88,8 +108,8 @@ class AttentionPooling(nn.Module):
         biases: list[Any] = [conv.bias for conv in convs]
         matrix, bias = torch.cat([conv.weight.flatten(1) for conv in convs]).T, torch.cat(biases)
         # [batch, steps, 2, heads, classes]
-        attention, scores = torch.sigmoid(float32_matmul(x, matrix) + bias).unflatten(2, (2, len(heads), -1)).unbind(2)
-        attention = attention.clamp(1e-7, 1 - 1e-7)
+        attention, scores = (float32_matmul(x, matrix) + bias).unflatten(2, (2, len(heads), -1)).unbind(2)
+        attention, scores = torch.sigmoid(attention).clamp(1e-7, 1 - 1e-7), ACTIVATIONS[self.activation](scores)
         answers = (attention * scores).sum(1) / attention.sum(1)
         return answers[:, 0] if self.n_heads == 1 else (answers * self.head_weight[:, None]).sum(1)
 
@@ -99,7 +119,7 @@ class AttentionPooling(nn.Module):
         # the clip would score low at every step, and scores would depend on how long the clip is.
         with full_float32(feature_map.device):
             x = _steps(feature_map)
-            scores: Any = sum(weight * _sigmoid_of(cla, x) for _, cla, weight in self._heads())
+            scores: Any = sum(weight * _activated(cla, x, self.activation) for _, cla, weight in self._heads())
         return scores.clamp(0, 1).transpose(1, 2)
 
 
@@ -123,7 +143,7 @@ class MeanPooling(nn.Module):
     def segment_scores(self, feature_map: Tensor) -> Tensor:
         """Scores each step, sigmoid(C x), for timelines: `[batch, classes, steps]`."""
         with full_float32(feature_map.device):
-            return _sigmoid_of(self.cla, _steps(feature_map)).transpose(1, 2)
+            return _activated(self.cla, _steps(feature_map)).transpose(1, 2)
 
 
 class MLPPooling(nn.Module):

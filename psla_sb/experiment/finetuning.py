@@ -1,0 +1,67 @@
+"""Training from weights that know something already: the head first, smaller rates below, and an end when nothing gets better."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from speechbrain.utils.logger import get_logger
+from torch import nn
+
+from psla_sb.errors import InputError
+from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment.schedules import CosineScheduler
+
+logger = get_logger(__name__)
+
+
+def parameter_groups(modules: Mapping[str, nn.Module], layer_decay: float) -> list[dict[str, Any]]:
+    """Puts parameters into an optimizer's groups: those of the head, and of the encoder one group for each layer.
+
+    A layer's `lr_scale` is `layer_decay` to the power of how deep it lies, from 0 for the last layer to 1 for the first one. Layers
+    are told by the order in which the encoder has them: for nearly all networks it is the one in which they are computed.
+
+    Example
+    -------
+    >>> modules = {"embedding_model": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), "classifier": nn.Linear(2, 1)}
+    >>> [(group["lr_scale"], len(group["params"])) for group in parameter_groups(modules, layer_decay=0.25)]
+    [(1.0, 2), (0.25, 2), (1.0, 2)]
+    """
+    groups: list[dict[str, Any]] = []
+    for name, module in modules.items():
+        if name != "embedding_model" and isinstance(module, nn.Module) and any(True for _ in module.parameters()):
+            groups.append({"params": list(module.parameters()), "lr_scale": 1.0, "after_head": False})
+    layers = [list(layer.parameters(recurse=False)) for layer in modules["embedding_model"].modules()]
+    layers = [layer for layer in layers if layer]
+    for i, layer in enumerate(layers):
+        depth = 1 - i / max(1, len(layers) - 1)
+        groups.append({"params": layer, "lr_scale": layer_decay**depth, "after_head": True})
+    return groups
+
+
+class FineTuningBrain(TaggingBrain):
+    """Trains like a `TaggingBrain`, with a ladder of rates and an early end; the YAML's `schedule` is a `CosineScheduler`.
+
+    Further hyperparameters:
+
+    * `layer_decay`: the rate of the encoder's first layer, as a part of that of its last one, see `parameter_groups`;
+    * `head_epochs`: so many epochs the head is trained alone, before the encoder is; 0 for none;
+    * `patience`: after so many epochs without a higher validation mAP the training ends; null for never.
+    """
+
+    def init_optimizers(self) -> None:
+        """Makes SpeechBrain's optimizer of groups with rates of their own."""
+        makes = self.opt_class
+        if makes is not None:
+            groups = parameter_groups(self.hparams.modules, self.hparams.layer_decay)
+            self.opt_class = lambda parameters, **options: makes(groups, **options)
+        super().init_optimizers()
+        self.opt_class = makes
+
+    def on_fit_start(self) -> None:
+        """As `TaggingBrain`'s; tells the schedule how many steps there are."""
+        super().on_fit_start()
+        schedule = self.hparams.schedule
+        if not isinstance(schedule, CosineScheduler):
+            raise InputError(f"FineTuningBrain needs a CosineScheduler as schedule, not a {type(schedule).__qualname__}")
+        accumulated = self.grad_accumulation_factor
+        schedule.n_steps = max(1, self.total_steps // accumulated)
+        schedule.head_steps = (self.n_steps or 0) * self.hparams.head_epochs // accumulated
