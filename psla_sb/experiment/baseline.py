@@ -18,7 +18,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.experiment.hparams import crop_of
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
-from psla_sb.lobes.features import LogMel, n_samples_for, true_lengths
+from psla_sb.lobes.features import LogMel, true_lengths
 from psla_sb.metrics import FIGURES, summarize
 
 WHAT = "logistic regression on the mean and standard deviation of each mel band"
@@ -60,7 +60,7 @@ def band_statistics(clips: Manifest, hparams: Mapping[str, Any]) -> np.ndarray:
     """Computes each mel band's mean and standard deviation over a clip's frames, float32 `[clips, 2 x mels]`."""
     rows = np.arange(min(len(clips), MOST_CLIPS))
     batches = [rows[start : start + BATCH_SIZE].tolist() for start in range(0, len(rows), BATCH_SIZE)]
-    rate, n_samples = hparams["sample_rate"], n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+    rate, n_samples = hparams["sample_rate"], chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
     loader = clip_loader(clips, rate, n_samples, batches, hparams["num_workers"], crop_of("eval_crop", hparams))
     front_end = hparams["modules"]["compute_features"]
     device = next((buffer.device for buffer in front_end.buffers()), torch.device("cpu"))

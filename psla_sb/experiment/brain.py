@@ -14,7 +14,9 @@ import numpy as np
 import speechbrain as sb
 import torch
 from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.checkpoints import register_checkpoint_hooks
 from speechbrain.utils.distributed import if_main_process, run_on_main
+from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 from speechbrain.utils.logger import get_logger
 from torch import Tensor
 
@@ -33,6 +35,8 @@ from psla_sb.lobes import chain
 from psla_sb.metrics import FIGURES, MeanScores, TaggingStats, summarize
 
 logger = get_logger(__name__)
+# SpeechBrain does not, and its checkpoints have the epoch alone: a training that has ended early would go on
+register_checkpoint_hooks(EpochCounterWithStopper)
 
 EPSILON = 1e-7
 STEPS_BEFORE_ETA = 8
@@ -334,8 +338,8 @@ class TaggingBrain(DeviceBrain):
     def on_epoch_end(self, epoch: int) -> None:
         """Records the epoch, then writes a checkpoint; keeps the last and the best by validation mAP."""
         record = run_on_main(self.record_epoch, [epoch])
-        if hasattr(self.hparams.epoch_counter, "update_metric"):
-            # of an EpochCounterWithStopper; before the checkpoint, which has what it decides
+        if isinstance(self.hparams.epoch_counter, EpochCounterWithStopper):
+            # before the checkpoint, which has what it decides
             self.hparams.epoch_counter.update_metric(record["mAP"])
         if self.checkpointer is not None:
             meta = {"epoch": epoch, "mAP": record["mAP"]}

@@ -35,7 +35,6 @@ from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import open_scores
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
-from psla_sb.lobes.features import n_samples_for
 
 logger = get_logger(__name__)
 
@@ -74,7 +73,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     with put_back_on_error(files):
         vocabulary = prepare(hparams)
         # what cannot be trained, saved or exported is refused before the training, not after it
-        n_samples = n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+        n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
         chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
         valid_set, valid_labels = tagging_dataset("valid", hparams, vocabulary)
         train_set, train_labels = tagging_dataset("train", hparams, vocabulary)
@@ -186,7 +185,8 @@ def tagging_dataset(name: str, hparams: dict[str, Any], vocabulary: Vocabulary) 
     if name == "train" and hparams.get("teacher_scores") is not None:
         teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
     crop = crop_of("train_crop" if name == "train" else "eval_crop", hparams)
-    rate, seed, n_samples = hparams["sample_rate"], hparams["seed"], n_samples_for(hparams["n_frames"], hparams["sample_rate"])
+    rate, seed = hparams["sample_rate"], hparams["seed"]
+    n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], rate)
     dataset = TaggingDataset(manifest, labels, len(vocabulary), rate, n_samples, teacher, crop, seed, compact=True)
     return dataset, labels
 

@@ -1,0 +1,256 @@
+"""What `psla-fit` chooses by the clips of a folder, what it says of folders that cannot be trained on, and what it trains."""
+
+import csv
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+
+from psla_sb.errors import InputError
+from psla_sb.experiment import fit
+from runs import run
+
+TONES = {"low": 200, "middle": 900, "high": 3000}
+SMALL = {
+    **{"device": "cpu", "pretrained": "null", "embedding_model": "{width: 0.2, depth: 0.2}", "num_workers": 0},
+    **{"n_mels": 32, "freq_mask": 4, "time_mask": 8, "batch_size": 4, "draws_per_epoch": 24},
+}
+
+
+def write_clips(folder, n=24, rate=16000, seconds=0.4, several=False, duration=True, level=0.3, classes=tuple(TONES)):
+    """Tones with a little noise as train, valid and test, half of them train; of several labels if asked for."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(n):
+        labels = [classes[i % len(classes)]] + ([classes[(i + 1) % len(classes)]] if several and i % 2 else [])
+        times = np.arange(int(rate * seconds)) / rate
+        wave = sum(np.sin(2 * np.pi * TONES.get(label, 500) * rng.uniform(0.9, 1.1) * times) for label in labels)
+        path = folder / f"{i}.wav"
+        soundfile.write(path, level * wave + level * 0.1 * rng.standard_normal(len(times)), rate)
+        rows.append([f"clip{i}", path, seconds if duration else "nan", ";".join(labels)])
+    parts = {"train": rows[: n // 2], "valid": rows[n // 2 : 3 * n // 4], "test": rows[3 * n // 4 :]}
+    for name, part in parts.items():
+        write_rows(folder / f"{name}.csv", [["ID", "wav", "duration", "labels"], *part])
+    write_rows(folder / "class_labels_indices.csv", [["index", "mid", "display_name"], *([i, c, c] for i, c in enumerate(classes))])
+    return folder
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def choices(folder, **given):
+    return {choice.key: choice.value for choice in fit.choose(folder, given)}
+
+
+def test_chooses_by_what_is_there(tmp_path):
+    found = choices(write_clips(tmp_path / "a"))
+    assert found["activation"] == "softmax"
+    assert (found["sample_rate"], found["n_classes"]) == (16000, 3)
+    # not less than a second, whose frames are 1 + (16000 - 400) // 160
+    assert found["n_frames"] == 98
+    assert found["test_annotation"] == str(tmp_path / "a" / "test.csv")
+    assert found["output_folder"] == str(tmp_path / "a" / "run")
+    # few clips are drawn several times an epoch
+    assert found["draws_per_epoch"] * found["number_of_epochs"] == fit.DRAWS
+    assert "train_crop" not in found
+
+
+def test_chooses_for_several_labels_high_rates_and_long_clips(tmp_path):
+    found = choices(write_clips(tmp_path, rate=44100, seconds=11.0, several=True, n=8, duration=False))
+    assert found["activation"] == "sigmoid"
+    assert found["sample_rate"] == 32000
+    assert found["n_frames"] == 998
+    assert (found["train_crop"], found["eval_crop"]) == ("random", "centre")
+
+
+def test_what_is_given_is_not_chosen(tmp_path):
+    found = choices(write_clips(tmp_path), sample_rate=8000, number_of_epochs=3)
+    assert not {"sample_rate", "number_of_epochs"} & set(found)
+    assert found["n_frames"] == 98
+
+
+def test_without_the_weights_it_learns_from_nothing(tmp_path, monkeypatch):
+    write_clips(tmp_path)
+    assert "pretrained" not in choices(tmp_path)
+    monkeypatch.setattr(fit, "WEIGHTS", "no_such_package")
+    found = choices(tmp_path)
+    assert (found["pretrained"], found["head_epochs"], found["layer_decay"]) == (None, 0, 1.0)
+    (said,) = [choice.why for choice in fit.choose(tmp_path) if choice.key == "pretrained"]
+    assert "`pip install no-such-package`" in said
+
+
+def one_class(folder):
+    write_clips(folder, classes=("low",))
+
+
+def one_clip_a_class(folder):
+    write_clips(folder)
+    rows = (folder / "train.csv").read_text().splitlines()[:4]
+    (folder / "train.csv").write_text("\n".join(rows) + "\n")
+
+
+def many_classes(folder):
+    write_clips(folder)
+    write_rows(
+        folder / "class_labels_indices.csv", [["index", "mid", "display_name"], *([i, f"c{i}", f"c{i}"] for i in range(10_000))]
+    )
+    for name in ("train", "valid", "test"):
+        text = (folder / f"{name}.csv").read_text()
+        for i, tone in enumerate(TONES):
+            text = text.replace(f",{tone}", f",c{i}")
+        (folder / f"{name}.csv").write_text(text)
+
+
+def no_validation(folder):
+    write_clips(folder)
+    (folder / "valid.csv").unlink()
+
+
+def unreadable(folder):
+    write_clips(folder)
+    for path in folder.glob("*.wav"):
+        path.write_bytes(b"nothing")
+
+
+def nothing(folder):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (one_class, "only one class, 'low'; add clips of something else"),
+        (one_clip_a_class, "no class has more than one clip to learn from; add clips"),
+        (many_classes, "10000 classes, but only 12 clips to learn them from; join classes, or add clips"),
+        (no_validation, "has no valid.csv; `psla-prepare SOUNDS --out"),
+        (unreadable, "can be read"),
+        (nothing, "no such folder; `psla-prepare SOUNDS --out"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said_in_a_line(tmp_path, spoil, says):
+    spoil(tmp_path / "data")
+    with pytest.raises(InputError) as refused:
+        fit.choose(tmp_path / "data")
+    said = str(refused.value)
+    assert says in said
+    assert "\n" not in said
+    assert str(tmp_path / "data") in said
+    assert not any(word in said for word in ("mid", "ontology", "manifest"))
+
+
+def psla_fit(tmp_path, *arguments, check=True, **overrides):
+    """The command as a user runs it, with a network that takes seconds."""
+    script = tmp_path / "fit.py"
+    script.write_text("from psla_sb.cli.fit import fit\nfit()\n")
+    settings = {**SMALL, **overrides}
+    return run([sys.executable, script, *arguments, *(f"--{key}={value}" for key, value in settings.items())], check=check)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A folder of clips with several labels, and what the command said of it."""
+    folder = tmp_path_factory.mktemp("several") / "data"
+    write_clips(folder, several=True)
+    done = psla_fit(folder.parent, folder, number_of_epochs=2)
+    return folder, done.stdout + done.stderr
+
+
+def test_trains_reports_and_tags(fitted):
+    folder, said = fitted
+    found = results(folder / "run")
+    assert len(found["epochs"]) == 2
+    # of two epochs the average is that of both
+    assert found["evaluation"]["weight_average"]["epochs"] == [1, 2]
+    assert found["clips"]["set"] == "test"
+    # tones are told apart by what each mel band has
+    assert found["baseline"]["mAP"] > 0.8
+    assert "logistic regression" in found["baseline"]["what"]
+    settings = [line.split("  ")[0] for line in said.splitlines()]
+    assert {"activation", "n_frames", "sample_rate"} <= set(settings)
+    assert "2 epochs of 6 steps: about" not in said, "six steps are too few to say how long it takes"
+    assert "logistic regression on mel bands" in said
+
+
+def test_same_command_goes_on_and_other_settings_are_refused(fitted):
+    folder, _ = fitted
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run" / "snapshots").iterdir()}
+    psla_fit(folder.parent, folder, number_of_epochs=2)
+    unchanged = [path for path, time in before.items() if "average" not in path.name and path.stat().st_mtime_ns == time]
+    assert len(unchanged) == 2
+    refused = psla_fit(folder.parent, folder, number_of_epochs=2, layer_decay=0.1, check=False)
+    assert refused.returncode == 2
+    assert "layer_decay was 0.5, is 0.1" in refused.stderr
+
+
+def test_ends_early_when_nothing_gets_better(tmp_path):
+    folder = write_clips(tmp_path / "data")
+    for _ in range(2):
+        done = psla_fit(tmp_path, folder, number_of_epochs=9, patience=2, lr=1e-12)
+        found = results(folder / "run")
+        # without a rate nothing changes but statistics, so the first epochs are the best
+        assert 3 <= len(found["epochs"]) < 9
+        first = [epoch["epoch"] for epoch in found["epochs"]][-6:]
+        assert found["evaluation"]["weight_average"]["epochs"] == first
+    assert "Going into epoch" not in done.stdout + done.stderr
+
+
+def test_single_label_scores_are_a_distribution(tmp_path):
+    from psla_sb.inference import AudioTagger
+
+    folder = write_clips(tmp_path / "data")
+    psla_fit(tmp_path, folder, number_of_epochs=1)
+    tags = AudioTagger.from_folder(folder / "run" / "tagger").tag_file(folder / "0.wav")
+    assert sum(tag.score for tag in tags) == pytest.approx(1, abs=1e-5)
+
+
+def test_starts_from_a_trained_tagger_whatever_its_encoder_is(fitted, tmp_path):
+    tagger = fitted[0] / "run" / "tagger"
+    folder = write_clips(tmp_path / "data", seconds=1.2)
+    # without the small encoder of the other tests
+    others = {key: value for key, value in SMALL.items() if key not in ("embedding_model", "pretrained", "n_mels")}
+    script = tmp_path / "fit.py"
+    script.write_text("from psla_sb.cli.fit import fit\nfit()\n")
+    settings = {**others, "pretrained_tagger": tagger, "number_of_epochs": 1}
+    done = run([sys.executable, script, folder, *(f"--{key}={value}" for key, value in settings.items())])
+    said = done.stdout + done.stderr
+    # all of them, of the encoder and of the head: the classes are the same
+    assert re.search(r"\d\d+ tensors taken; 0 not taken", said)
+    recipe = (folder / "run" / "own.yaml").read_text()
+    assert "width: 0.2" in recipe
+    assert "n_mels: 32" in recipe
+    # what it hears of a clip is chosen anew
+    assert (folder / "run" / "tagger" / "hyperparams.yaml").read_text().count("n_frames: 118") == 2
+
+
+def test_folds_give_figures_of_all_clips(tmp_path):
+    folder = write_clips(tmp_path / "data", n=24, several=True)
+    refused = psla_fit(tmp_path, folder, "--folds", check=False)
+    assert refused.returncode == 2
+    assert f"{folder} has no folds: `psla-prepare SOUNDS --out {folder} --folds 5` makes them" in refused.stderr
+    rows = [line for name in ("train", "valid", "test") for line in (folder / f"{name}.csv").read_text().splitlines()[1:]]
+    for k in range(3):
+        (folder / f"fold_{k + 1}").mkdir()
+        parts = [rows[(k + 2) % 3 :: 3], rows[(k + 1) % 3 :: 3], rows[k::3]]
+        for name, part in zip(("train", "valid", "test"), parts, strict=True):
+            (folder / f"fold_{k + 1}" / f"{name}.csv").write_text("\n".join(["ID,wav,duration,labels", *part]) + "\n")
+    done = psla_fit(tmp_path, folder, "--folds", number_of_epochs=1)
+    block = results(folder / "run")["folds"]
+    each = [results(folder / "run" / f"fold_{k}")["evaluation"]["weight_average"]["mAP"] for k in (1, 2, 3)]
+    assert block["mAP"]["each"] == each
+    assert block["mAP"]["mean"] == pytest.approx(np.mean(each))
+    scores = np.concatenate([np.load(folder / "run" / f"fold_{k}" / "predictions" / "test_weight_average.npy") for k in (1, 2, 3)])
+    assert len(scores) == 24
+    assert block["n_folds"] == 3
+    assert "3 folds, each scored by a tagger that has not heard it: mAP" in done.stdout
+    # what the main training says stays
+    assert "baseline" in results(folder / "run")
