@@ -26,10 +26,11 @@ def rates(scheduler, n_steps, groups=({},)):
     return found
 
 
-def test_rate_falls_as_torch_lets_it_fall():
-    ours = [rate for (rate,) in rates(CosineScheduler(lr=0.1, n_steps=41, warmup=0.0), 41)]
+@pytest.mark.parametrize("end", [0.0, 0.3])
+def test_rate_falls_as_torch_lets_it_fall(end):
+    ours = [rate for (rate,) in rates(CosineScheduler(lr=0.1, n_steps=41, warmup=0.0, end=end), 41)]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-    theirs, schedule = [], torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    theirs, schedule = [], torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40, eta_min=0.1 * end)
     for _ in range(41):
         theirs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()

@@ -45,15 +45,15 @@ def write_rows(path, rows):
 
 
 def choices(folder, **given):
-    return {choice.key: choice.value for choice in fit.choose(folder, given)}
+    return {choice.key: choice.value for choice in fit.choose(folder, given=given)}
 
 
 def test_chooses_by_what_is_there(tmp_path):
     found = choices(write_clips(tmp_path / "a"))
     assert found["activation"] == "softmax"
     assert (found["sample_rate"], found["n_classes"]) == (16000, 3)
-    # not less than a second, whose frames are 1 + (16000 - 400) // 160
-    assert found["n_frames"] == 98
+    # not less than a second, of 50 frames
+    assert found["n_frames"] == 50
     assert found["test_annotation"] == str(tmp_path / "a" / "test.csv")
     assert found["output_folder"] == str(tmp_path / "a" / "run")
     # few clips are drawn several times an epoch
@@ -65,14 +65,14 @@ def test_chooses_for_several_labels_high_rates_and_long_clips(tmp_path):
     found = choices(write_clips(tmp_path, rate=44100, seconds=11.0, several=True, n=8, duration=False))
     assert found["activation"] == "sigmoid"
     assert found["sample_rate"] == 32000
-    assert found["n_frames"] == 998
+    assert found["n_frames"] == 500
     assert (found["train_crop"], found["eval_crop"]) == ("random", "centre")
 
 
 def test_what_is_given_is_not_chosen(tmp_path):
     found = choices(write_clips(tmp_path), sample_rate=8000, number_of_epochs=3)
     assert not {"sample_rate", "number_of_epochs"} & set(found)
-    assert found["n_frames"] == 98
+    assert found["n_frames"] == 50
 
 
 def test_without_the_weights_it_learns_from_nothing(tmp_path, monkeypatch):
@@ -118,6 +118,10 @@ def unreadable(folder):
         path.write_bytes(b"nothing")
 
 
+def silent(folder):
+    write_clips(folder, level=0.0)
+
+
 def nothing(folder):
     pass
 
@@ -129,7 +133,8 @@ def nothing(folder):
         (one_clip_a_class, "no class has more than one clip to learn from; add clips"),
         (many_classes, "10000 classes, but only 12 clips to learn them from; join classes, or add clips"),
         (no_validation, "has no valid.csv; `psla-prepare SOUNDS --out"),
-        (unreadable, "can be read"),
+        (unreadable, "none of the clips of"),
+        (silent, "the clips are silent, all that were listened to"),
         (nothing, "no such folder; `psla-prepare SOUNDS --out"),
     ],
 )
@@ -229,7 +234,7 @@ def test_starts_from_a_trained_tagger_whatever_its_encoder_is(fitted, tmp_path):
     assert "width: 0.2" in recipe
     assert "n_mels: 32" in recipe
     # what it hears of a clip is chosen anew
-    assert (folder / "run" / "tagger" / "hyperparams.yaml").read_text().count("n_frames: 118") == 2
+    assert (folder / "run" / "tagger" / "hyperparams.yaml").read_text().count("n_frames: 60") == 2
 
 
 def test_folds_give_figures_of_all_clips(tmp_path):

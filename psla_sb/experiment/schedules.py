@@ -80,7 +80,7 @@ class WarmupDecayScheduler:
 
 @dataclass(eq=False)
 class CosineScheduler:
-    """Raises the rate linearly from 0 and lets it fall along half a cosine (Loshchilov, Hutter, "SGDR", 2017), by optimizer step.
+    """Raises the rate linearly and lets it fall along half a cosine (Loshchilov, Hutter, "SGDR", 2017), by optimizer step.
 
     A parameter group's rate is multiplied by its `lr_scale`, if it has one, and is 0 before `head_steps` if it has
     `"after_head": True`: the groups of an encoder wait until a new head has learnt something. After `head_steps` the warm-up begins
@@ -95,6 +95,9 @@ class CosineScheduler:
         rate that has fallen less.
     warmup
         The part of the steps in which the rate rises.
+    end
+        What the rate falls to, as a part of the full one. If the weights of many epochs are to be averaged, a rate that falls to
+        nothing makes them too alike (Izmailov et al., "Averaging weights leads to wider optima and better generalization", 2018).
     head_steps
         Optimizer steps of the head alone.
 
@@ -114,11 +117,12 @@ class CosineScheduler:
     lr: float
     n_steps: int | None = None
     warmup: float = 0.05
+    end: float = 0.0
     head_steps: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and 0 <= self.warmup <= 1 and self.head_steps >= 0):
-            raise ValueError(f"lr must be positive, warmup from 0 to 1, head_steps at least 0, not {self}")
+        if not (self.lr > 0 and 0 <= self.warmup <= 1 and 0 <= self.end <= 1 and self.head_steps >= 0):
+            raise ValueError(f"lr must be positive, warmup and end from 0 to 1, head_steps at least 0, not {self}")
 
     def on_step(self, optimizer: Any, step: int) -> None:
         """Sets the rates of all parameter groups; `step` is 0 before the first batch."""
@@ -128,10 +132,10 @@ class CosineScheduler:
         # of the part that this step is in
         done, steps = (step, self.head_steps) if head else (step - self.head_steps, self.n_steps - self.head_steps)
         rise = min(1.0, (done + 1) / max(1, round(self.warmup * steps)))
-        fall = 1.0 if head else 0.5 * (1 + math.cos(math.pi * min(1.0, done / max(1, steps - 1))))
+        fallen = 0.0 if head else 0.5 * (1 - math.cos(math.pi * min(1.0, done / max(1, steps - 1))))
         for group in optimizer.param_groups:
             waits = head and group.get("after_head", False)
-            group["lr"] = 0.0 if waits else self.lr * rise * fall * group.get("lr_scale", 1.0)
+            group["lr"] = 0.0 if waits else self.lr * rise * (1 - (1 - self.end) * fallen) * group.get("lr_scale", 1.0)
 
     def on_epoch_end(self, optimizer: Any, epoch: int) -> None:
         """Does nothing: the rate depends on the step alone."""
