@@ -295,6 +295,20 @@ def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[to
         yield rest
 
 
+def own_blocks(path: AudioFile, seconds: float = 10.0) -> Iterator[tuple[int, torch.Tensor]]:
+    """Decodes a sound file in pieces of about so many seconds as it is: sample rates and `[samples, channels]`, float32.
+
+    Errors are those of `read_audio`.
+    """
+    name, source = _source(path)
+    for rate, piece in decoded(name, source, seconds):
+        _check_rate(name, rate)
+        floats = as_floats(piece)
+        if len(floats):
+            check_scale(name, floats)
+        yield rate, floats
+
+
 def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0) -> torch.Tensor:
     """Reads a clip for the model: `read_audio`, less the whole clip's mean, then cut to `n_samples` if it is longer.
 
