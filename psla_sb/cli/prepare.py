@@ -18,7 +18,7 @@ examples:
 
 Clips of one group are never in two of train, valid and test, nor in two folds, unless the source says so. Clips that sound the
 same are found, named, and treated as a group. Clips that are broken, silent or shorter than 50 ms are left out, and listed in
-left_out.csv.
+left_out.csv. prepared.html says what was found: look at it before a training.
 
 exit status: 0 if all is well, 1 if it was interrupted, 2 if the command line or the input is wrong"""
 COLUMNS = {

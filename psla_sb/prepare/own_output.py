@@ -64,7 +64,8 @@ def write_prepared(prepared: Prepared, out: Path) -> dict[str, Any]:
     for k in range(n_folds):
         _write_parts(out / f"fold_{k + 1}", everything, fold_parts(prepared.folds, n_folds, k))
     write_json(out / "prepared.json", report)
-    write_file(out / "prepared.html", page(report, [_pair_row(prepared, pair) for pair in prepared.pairs], prepared.left_out))
+    html = page(report, [_pair_row(prepared, pair) for pair in prepared.pairs], prepared.left_out)
+    write_file(out / "prepared.html", _encoded(html))
     _write_parts(out, everything, prepared.parts)
     return report
 
@@ -121,7 +122,12 @@ def _remove_folds(out: Path, n_folds: int) -> None:
 
 def _write_table(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     text = "".join(csv_line(row) for row in (heads, *rows))
-    write_file(path, text.encode("utf-8", "backslashreplace"))
+    write_file(path, _encoded(text))
+
+
+def _encoded(text: str) -> bytes:
+    # names of files may be no text
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _pair_row(prepared: Prepared, pair: Pair) -> tuple[Any, ...]:

@@ -45,6 +45,8 @@ def read_table(path: str | Path) -> Table:
     """
     path = Path(path)
     text, encoding = _decoded(path)
+    if not text.strip():
+        raise InputError(f"{path}: nothing in it; a table has a header and a row for each clip")
     declared = re.match(r"sep=(.)\r?\n", text)
     if declared:
         # a line that is Excel's alone
@@ -57,7 +59,7 @@ def read_table(path: str | Path) -> Table:
             rows.append(cells)
             lines.append(line + bool(declared))
     if len(rows) < 2:
-        raise InputError(f"{path}: {'only a header' if rows else 'nothing'} in it; a table has a header and a row for each clip")
+        raise InputError(f"{path}: only a header in it; a table has a header and a row for each clip")
     header, rows, lines = rows[0], rows[1:], lines[1:]
     while header and not header[-1] and all(len(row) < len(header) or not row[len(header) - 1] for row in rows):
         # columns that a spreadsheet has, and nobody has filled
@@ -93,8 +95,8 @@ def _decoded(path: Path) -> tuple[str, str]:
     raise InputError(f"{path}: is not text; a table is a CSV or TSV file")
 
 
-def _rows(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+def _rows(path: Path, text: str, delimiter: str, strict: bool = True) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=strict)
     try:
         return [(reader.line_num, row) for row in reader]
     except csv.Error as error:
@@ -107,7 +109,7 @@ def _delimiter(path: Path, text: str) -> str:
     beginning = "".join(text.splitlines(keepends=True)[: SAMPLED_ROWS + 1])
     for delimiter in DELIMITERS:
         try:
-            rows = [row for _, row in _rows(path, beginning, delimiter) if any(map(str.strip, row))]
+            rows = [row for _, row in _rows(path, beginning, delimiter, strict=False) if any(map(str.strip, row))]
         except InputError:
             continue
         if rows and len(rows[0]) > 1:
