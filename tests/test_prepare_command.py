@@ -65,9 +65,9 @@ def test_what_is_printed(prepared, sounds):
     assert status == 0, errors
     lines = said.splitlines()
     assert lines[0] == "a folder for each of 3 classes"
-    assert lines[1] == "1 files that are no sounds are not used (.doc 1)"
+    assert lines[1] == "files that are no sounds, and are not used: 1 (.doc 1)"
     assert re.fullmatch(r"\d+ train, \d+ valid, \d+ test clips, 3 classes, 0\.00 hours", lines[3])
-    assert "look: 1 pairs of clips that are the same have different labels. The first: " in said
+    assert "look: pairs of clips that are the same but have different labels: 1. The first: " in said
     assert "look: classes with fewer than 10 clips to train on: " in said
     assert f"left out: 1 cannot be decoded, or its row is wrong, 1 silent; {out}/left_out.csv lists them" in said
     assert lines[-1] == f"{out}/prepared.html says more. Train on it:  psla-fit {out}"
@@ -199,7 +199,7 @@ def test_an_interruption_leaves_nothing_that_looks_ready(tmp_path, monkeypatch):
 
 def test_rare_classes_can_be_left_out(sounds, tmp_path):
     said, *_ = call(sounds, "--out", tmp_path, "--min-clips", 5)
-    assert "1 classes with fewer than 5 clips are left out" in said
+    assert "classes with fewer than 5 clips, which are left out: 1" in said
     assert set().union(*all_of(tmp_path).values()) == {"dog", "<i>cat & co"}
 
 

@@ -49,7 +49,7 @@ def test_a_folder_a_class(tmp_path):
     assert found.left_out == [(str(root / "lost.wav"), "in no folder of a class")]
     assert found.said == [
         "a folder for each of 3 classes; the last one is the class (or --nested all)",
-        "3 files that are no sounds are not used (.db 1, .jpg 1, .txt 1)",
+        "files that are no sounds, and are not used: 3 (.db 1, .jpg 1, .txt 1)",
     ]
 
 
@@ -129,8 +129,8 @@ def test_segments_become_clips(recordings, tmp_path):
     report = prepare(recordings, out)
     assert {path: path.stat().st_mtime_ns for path in recordings.iterdir()} == before
     assert sum(report["clips"].values()) == 24 == report["segments"]
-    assert report["said"][1] == "8 labels of a point in time are left out: they have no length"
-    assert "1 segments end after their recordings do, and are cut there" in report["said"]
+    assert report["said"][1] == "labels of a point in time, which are left out as they have no length: 8"
+    assert "segments that end after their recordings do, and are cut there: 1" in report["said"]
     left_out = dict(list(csv.reader((out / "left_out.csv").open()))[1:])
     assert left_out[str(recordings / "unlabelled.wav")] == "no label track beside it"
     assert left_out[f"{recordings / 'rec1.wav'} from 9 s on"] == "begins after the end of its recording"
@@ -142,6 +142,15 @@ def test_segments_become_clips(recordings, tmp_path):
     assert sum(len({Path(clip["wav"]) for clip in Manifest.from_csv(out / f"{name}.csv")}) for name in sets_of(out)) == 8
     assert report["durations"]["max"] == 1.0
     assert report["hours"] == pytest.approx(sum(clip["duration"] for clip in clips) / 3600)
+
+
+def test_several_labels_of_a_segment(tmp_path):
+    touch(tmp_path, "a.wav", "b.wav")
+    (tmp_path / "a.txt").write_text("0\t1\tdog; cat\n1\t2\tdog\n")
+    (tmp_path / "b.txt").write_text("0\t1\tChirp, tweet\n")
+    labels = [clip.labels for clip in clips_of(tmp_path, {}).clips]
+    assert labels == [("dog", "cat"), ("dog",), ("Chirp, tweet",)]
+    assert clips_of(tmp_path, {}, "").clips[0].labels == ("dog; cat",)
 
 
 def test_prepared_segments_are_read_and_packed(recordings, tmp_path):
@@ -227,7 +236,7 @@ def test_duplicates_are_kept_together_and_named(tmp_path):
     with (tmp_path / "out" / "duplicates.csv").open() as file:
         (conflict,) = [row for row in csv.DictReader(file) if row["other_labels"] == "yes"]
     assert {Path(conflict["first"]).name, Path(conflict["second"]).name} == {"cat0.wav", "no_dog.wav"}
-    assert any("1 pairs of clips that are the same have different labels" in remark for remark in report["remarks"])
+    assert any("pairs of clips that are the same but have different labels: 1." in remark for remark in report["remarks"])
 
 
 def test_duplicates_across_the_splits_of_the_source(tmp_path):

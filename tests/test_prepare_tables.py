@@ -108,8 +108,12 @@ def test_files_are_found_by_path_or_by_name(tmp_path):
         (audio / name).touch()
     found = clips_of(path, {}, audio=audio)
     assert [clip.path for clip in found.clips] == [str(audio / name) for name in ("x/a.wav", "y/a.wav", "z/b.flac")]
-    assert found.left_out == [("a.wav", "no such file"), ("gone.wav", "no such file"), ("", "row 7 names no file")]
-    assert found.said[-1] == "1 files that are no sounds are not used (.txt 1)"
+    assert found.left_out == [
+        ("a.wav", "several files have this name; give their paths in the table"),
+        ("gone.wav", "no such file"),
+        ("", "row 7 names no file"),
+    ]
+    assert found.said[-1] == "files that are no sounds, and are not used: 1 (.txt 1)"
 
 
 def test_rows_of_one_clip_are_united(tmp_path):
@@ -187,6 +191,7 @@ def test_names_with_signs(tmp_path):
 WRONG = {
     "file,label\n": r"clips\.csv: only a header in it",
     "": r"clips\.csv: nothing in it",
+    "a.wav,dog\nb.wav,cat\n": "row 1: has 'a.wav' and not names of columns; put a row such as file,label above it",
     "just some text\nof some lines\n": r"row 1: only one column",
     "file,label\na.wav,x,y\nb.wav,z,\n": r"row 2: 3 cells, but the header has 2; put quotes around cells that contain ','",
     "file,file\na.wav,x\n": "two columns are called 'file'",

@@ -53,8 +53,7 @@ def clips_of_table(
     if "file" not in columns:
         columns["file"] = _file_column(table, free, finder, folder)
         free.remove(columns["file"])
-    paths = [finder.find(cell) for cell in table.column(columns["file"])]
-    if not any(paths):
+    if not any(map(finder.find, table.column(columns["file"]))):
         first = next(filter(None, table.column(columns["file"])), "")
         said = f"none of the files in column '{columns['file']}' is in {folder} or below, the first is '{first}'"
         raise InputError(f"{table.path}: {said}; say where they are with --audio FOLDER, or name the column with --file-column")
@@ -77,12 +76,10 @@ def clips_of_table(
         )
     cells = [] if classes else table.column(columns["label"])
     separator = label_separator(cells) if separator is None else separator
-    return _found(table, columns, classes, separator, paths, files)
+    return _found(table, columns, classes, separator, finder, files)
 
 
-def _found(
-    table: Table, columns: Mapping[str, str], classes: Sequence[str], separator: str, paths: Sequence[str | None], files: Files
-) -> Found:
+def _found(table: Table, columns: Mapping[str, str], classes: Sequence[str], separator: str, finder: Finder, files: Files) -> Found:
     """Makes the clips of a table whose columns are known."""
     cells = {role: table.column(name) for role, name in columns.items()}
     of_classes = [table.header.index(name) for name in classes]
@@ -92,10 +89,10 @@ def _found(
         values = _listed(sorted(set(cells["split"])))
         raise InputError(f"{table.path}, column '{columns['split']}': its values must be train, valid and test, not {values}")
     clips, left_out = [], []
-    for row, path in enumerate(paths):
+    for row, path in enumerate(map(finder.find, cells["file"])):
         file = cells["file"][row]
         if path is None:
-            left_out.append((file, "no such file" if file else f"row {table.lines[row]} names no file"))
+            left_out.append((file, finder.problem(file) if file else f"row {table.lines[row]} names no file"))
             continue
         if classes:
             labels = tuple(name for name, place in zip(names, of_classes, strict=True) if _is_true(table.rows[row][place]))

@@ -22,7 +22,7 @@ class Files(NamedTuple):
             return []
         endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in self.others)
         counts = ", ".join(f"{ending} {n}" for ending, n in endings.most_common(6))
-        return [f"{len(self.others)} files that are no sounds are not used ({counts})"]
+        return [f"files that are no sounds, and are not used: {len(self.others)} ({counts})"]
 
 
 def files_in(folder: str | Path, but: str | Path | None = None) -> Files:
@@ -84,3 +84,8 @@ class Finder:
             if os.path.splitext(name.name)[1].lower() in ENDINGS and os.path.isfile(candidate):
                 return os.path.abspath(candidate)
         return self._by_path.get(str(name)) or self._by_name.get(name.name)
+
+    def problem(self, value: str) -> str:
+        """Says why no file was found for a cell."""
+        several = PurePosixPath(value.strip().replace("\\", "/")).name in self._by_name
+        return "several files have this name; give their paths in the table" if several else "no such file"

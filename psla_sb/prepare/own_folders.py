@@ -11,7 +11,7 @@ from psla_sb.errors import InputError
 from psla_sb.prepare.own_clips import Clip, Found, clean_label, splits_of
 from psla_sb.prepare.own_columns import clips_of_table
 from psla_sb.prepare.own_files import Files, files_in
-from psla_sb.prepare.own_tables import read_table, seconds_of
+from psla_sb.prepare.own_tables import label_separator, read_table, seconds_of
 
 TABLE_ENDINGS = (".csv", ".tsv")
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
@@ -65,15 +65,15 @@ def clips_of(
             if (folder / layout.table).is_file() and (folder / layout.audio).is_dir():
                 found = clips_of_table(read_table(folder / layout.table), layout.columns, "", folder / layout.audio, out)
                 return found._replace(said=[f"{layout.name}, as it is published: its folds are used", *found.said[1:]])
-    if columns or separator or audio:
-        raise InputError(f"{source}: is a folder; columns, separators and --audio are for a table: psla-prepare TABLE.csv ...")
+    if columns or audio:
+        raise InputError(f"{source}: is a folder; columns and --audio are for a table: psla-prepare TABLE.csv ...")
     files = files_in(source, out)
     if not files.sounds:
         raise InputError(f"{source}: no sound files in it or below; name the folder that has them, or the table that lists them")
-    return clips_of_label_tracks(files) or clips_of_folders(files, nested)
+    return clips_of_label_tracks(files, separator) or clips_of_folders(files, nested)
 
 
-def clips_of_label_tracks(files: Files) -> Found | None:
+def clips_of_label_tracks(files: Files, separator: str | None = None) -> Found | None:
     """Finds the clips of recordings that have Audacity's labels beside them, `x.txt` for `x.wav`; None if none has.
 
     Each segment is a clip, with the labels of all segments of these very times; a recording's clips are a group.
@@ -88,14 +88,18 @@ def clips_of_label_tracks(files: Files) -> Found | None:
     if not tracks:
         return None
     _, split = _splits(files.sounds)
+    if separator is None:
+        separator = label_separator([label for segments, _ in tracks.values() for *_, label in segments])
     clips, n_points = [], 0
     for sound, (segments, points) in tracks.items():
         path = os.path.abspath(files.folder / sound)
         n_points += points
-        clips += [Clip(path, (label,), start, end, split.get(sound, ""), sound) for start, end, label in segments]
-    said = [f"{len(tracks)} recordings with Audacity's label tracks: each segment is a clip, a recording's clips stay together"]
+        for start, end, label in segments:
+            labels = filter(None, map(clean_label, label.split(separator) if separator else [label]))
+            clips.append(Clip(path, tuple(labels), start, end, split.get(sound, ""), sound))
+    said = [f"recordings with Audacity's label tracks: {len(tracks)}; each segment is a clip, a recording's clips stay together"]
     if n_points:
-        said.append(f"{n_points} labels of a point in time are left out: they have no length")
+        said.append(f"labels of a point in time, which are left out as they have no length: {n_points}")
     used = {texts[os.path.splitext(sound)[0]] for sound in tracks}
     rest = files._replace(others=[name for name in files.others if name not in used])
     left_out = [(os.path.abspath(files.folder / name), "no label track beside it") for name in files.sounds if name not in tracks]

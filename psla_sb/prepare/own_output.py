@@ -202,7 +202,7 @@ def histogram(seconds: np.ndarray) -> list[dict[str, Any]]:
     >>> histogram(np.array([0.3, 4.0, 4.5, 5.0]))[0], histogram(np.array([0.3, 4.0, 4.5, 5.0]))[-1]
     ({'from': 0.2, 'to': 0.5, 'clips': 1}, {'from': 5.0, 'to': 10.0, 'clips': 1})
     """
-    edges = np.array([0.0, *(digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5))])
+    edges = [0.0, *(digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5))]
     counts = np.histogram(seconds, edges)[0]
     filled = np.flatnonzero(counts)
     rows = range(filled[0], filled[-1] + 1) if len(filled) else range(0)
@@ -216,22 +216,22 @@ def remarks(prepared: Prepared, by_part: np.ndarray) -> list[str]:
     crossing = [pair for pair in pairs if parts[pair.first] != parts[pair.second]]
     if crossing:
         said.append(
-            f"{len(crossing)} pairs of clips that are the same are in two of train, valid and test, as the source has "
-            f"it: figures will be too good. The first: {_pair_text(prepared, crossing[0])}"
+            f"pairs of clips that are the same but in two of train, valid and test, as the source has it: {len(crossing)}; figures "
+            f"will be too good. The first: {_pair_text(prepared, crossing[0])}"
         )
     folds = prepared.folds
     if len(folds) and (n := sum(folds[pair.first] != folds[pair.second] for pair in pairs)):
-        said.append(f"{n} pairs of clips that are the same are in two folds: figures will be too good")
+        said.append(f"pairs of clips that are the same but in two folds: {n}; figures will be too good")
     if n := _crossing_groups(clips, parts):
-        said.append(f"{n} groups of clips are in two of train, valid and test, as the source has it: figures may be too good")
+        said.append(f"groups of clips in two of train, valid and test, as the source has it: {n}; figures may be too good")
     if conflicts := [pair for pair in pairs if set(clips[pair.first].labels) != set(clips[pair.second].labels)]:
         first = _pair_text(prepared, conflicts[0])
-        said.append(f"{len(conflicts)} pairs of clips that are the same have different labels. The first: {first}")
+        said.append(f"pairs of clips that are the same but have different labels: {len(conflicts)}. The first: {first}")
     if pairs:
         n_same = sum(pair.difference == 0 for pair in pairs)
         kept = "" if crossing else " and are kept together"
         said.append(
-            f"{len(pairs)} pairs of clips are the same{kept}, {n_same} of them to the sample; duplicates.csv lists them. "
+            f"pairs of clips that are the same{kept}: {len(pairs)}, {n_same} of them to the sample; duplicates.csv lists them. "
             f"The first: {_pair_text(prepared, pairs[0])}"
         )
     lacking = {part: np.flatnonzero(by_part[part] == 0) for part in range(3) if (parts == part).any()}
@@ -248,7 +248,7 @@ def remarks(prepared: Prepared, by_part: np.ndarray) -> list[str]:
     if twice := [name for name in prepared.classes if same[name.casefold()] > 1]:
         said.append(f"classes whose names differ only in capitals: {_some(twice)}")
     if n := sum(one.clipped for one in prepared.measured):
-        said.append(f"{n} clips are clipped: more than a thousandth of their samples is at full scale")
+        said.append(f"clipped clips, with more than a thousandth of the samples at full scale: {n}")
     if (largest := np.bincount(prepared.groups).max()) > len(clips) / 2:
         said.append(f"one group has {largest} of the {len(clips)} clips, which must all be in one set")
     return said

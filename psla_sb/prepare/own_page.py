@@ -29,7 +29,7 @@ def page(report: Mapping[str, Any], pairs: Sequence[Sequence[Any]], left_out: Se
         f"lengths: half of the clips up to {lengths['median']}, 95 % up to {lengths['p95']}, the longest {lengths['max']}",
         f"{report['groups']:,} groups of clips that stay together, the largest of {report['largest_group']:,}"
         + (f"; {report['n_folds']} folds" if report["n_folds"] else ""),
-        *([f"{report['segments']:,} clips are segments of recordings"] if report["segments"] else []),
+        *([f"clips that are segments of recordings: {report['segments']:,}"] if report["segments"] else []),
         *report["said"],
     ]
     return "".join(
@@ -115,9 +115,7 @@ def _left_out(reasons: Mapping[str, int], left_out: Sequence[tuple[str, str]]) -
 def _clipped(report: Mapping[str, Any]) -> str:
     if not report["clipped"]:
         return "<p>Nothing: no clip has more than a thousandth of its samples at full scale.</p>\n"
-    return f"<p>{report['clipped']:,} clips have more than a thousandth of their samples at full scale.</p>\n" + _list(
-        report["clipped_files"]
-    )
+    return f"<p>More than a thousandth of the samples at full scale: {report['clipped']:,}</p>\n" + _list(report["clipped_files"])
 
 
 def _pairs(pairs: Sequence[Sequence[Any]]) -> str:

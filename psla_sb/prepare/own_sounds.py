@@ -136,7 +136,7 @@ def frequent(clips: list[Clip], measured: list[Measured], found: Found, least: i
     rows = [row for row, clip in enumerate(kept) if clip.labels or not clips[row].labels]
     reason = f"its classes have fewer than {least} clips"
     left_out = [*found.left_out, *((_place(clips[row]), reason) for row in sorted(set(range(len(clips))) - set(rows)))]
-    said = [*found.said, f"{len(rare)} classes with fewer than {least} clips are left out"]
+    said = [*found.said, f"classes with fewer than {least} clips, which are left out: {len(rare)}"]
     return [kept[row] for row in rows], [measured[row] for row in rows], Found([], said, left_out)
 
 
@@ -199,7 +199,7 @@ def parts_of(
         parts = np.array([SPLITS.index(clip.split or "train") for clip in clips])
         said.append("splits are those of the source")
         if n := sum(not clip.split for clip in clips):
-            said.append(f"{n} clips without a split are for training")
+            said.append(f"clips without a split, which are for training: {n}")
     elif named is not None:
         # the last one tests, the one before validates
         n_folds = named.max() + 1
@@ -255,4 +255,4 @@ def beyond_end(clips: Sequence[Clip], measured: Sequence[Measured]) -> list[str]
     """Says how many segments end after their recordings do."""
     wanted = np.array([np.nan if clip.end is None else clip.end - (clip.start or 0.0) for clip in clips])
     n = int((wanted - np.array([one.seconds for one in measured]) > SAID_BEYOND).sum())
-    return [f"{n} segments end after their recordings do, and are cut there"] if n else []
+    return [f"segments that end after their recordings do, and are cut there: {n}"] if n else []

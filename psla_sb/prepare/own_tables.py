@@ -2,12 +2,14 @@
 
 import csv
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from psla_sb.dataio.containers import ENDINGS
 from psla_sb.errors import InputError
 
 DELIMITERS = "\t;,|"
@@ -67,6 +69,8 @@ def read_table(path: str | Path) -> Table:
     header = [name or f"column {number}" for number, name in enumerate(header, 1)]
     if twice := [name for name, n in Counter(header).items() if n > 1]:
         raise InputError(f"{path}, row 1: two columns are called '{twice[0]}'; give each a name of its own")
+    if sound := next((name for name in header if os.path.splitext(name)[1].lower() in ENDINGS), None):
+        raise InputError(f"{path}, row 1: has '{sound}' and not names of columns; put a row such as file,label above it")
     for line, row in zip(lines, rows, strict=True):
         if any(row[len(header) :]):
             said = f"{len(row)} cells, but the header has {len(header)}; put quotes around cells that contain '{delimiter}'"
