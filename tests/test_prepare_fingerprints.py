@@ -9,7 +9,7 @@ from sounds import encoded
 
 from psla_sb.dataio.audio import read_audio
 from psla_sb.prepare import fingerprints
-from psla_sb.prepare.fingerprints import alike, fingerprint
+from psla_sb.prepare.fingerprints import Fingerprint, alike, fingerprint
 
 RATE = 16000
 
@@ -91,6 +91,29 @@ def test_silence_that_clips_share_is_none():
     # clips of ESC-50 are filled up with zeros
     waves = [np.pad(textured(seed, 1.0), (0, 4 * RATE)) for seed in range(10)]
     assert alike([fingerprint(wave, RATE) for wave in waves]) == []
+
+
+def test_silence_is_not_compared():
+    print_ = fingerprint(np.pad(textured(0, 2.0), (0, 2 * RATE)), RATE)
+    assert print_.active[:110].all()
+    assert not print_.active[145:].any()
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, 2**32, (2, 300), dtype=np.uint32)
+    other[:240] = one[:240]
+    other[280] = one[280]
+    active = np.arange(300) >= 240
+    assert alike([Fingerprint(one, active), Fingerprint(other, active)]) == []
+    assert len(alike([Fingerprint(one, ~active), Fingerprint(other, ~active)])) == 1
+
+
+@pytest.mark.parametrize(("n_frames", "n_found"), [(12, 0), (400, 1)])
+def test_few_frames_must_be_more_alike(n_frames, n_found):
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 2**32, n_frames, dtype=np.uint32)
+    wrong = np.packbits(rng.random((n_frames, 32)) < 0.3, axis=1).view(np.uint32)[:, 0]
+    wrong[5] = 0
+    active = np.ones(n_frames, bool)
+    assert len(alike([Fingerprint(one, active), Fingerprint(one ^ wrong, active)])) == n_found
 
 
 def test_those_of_one_recording_are_not_compared():

@@ -153,6 +153,15 @@ def test_several_labels_of_a_segment(tmp_path):
     assert clips_of(tmp_path, {}, "").clips[0].labels == ("dog; cat",)
 
 
+def test_segments_of_long_recordings_that_cannot_be_sought_in(tmp_path):
+    for name in ("a", "b", "c", "d"):
+        noise = 0.1 * np.random.default_rng(ord(name)).standard_normal(70 * RATE)
+        soundfile.write(tmp_path / f"{name}.{'wav' if name == 'a' else 'ogg'}", noise, RATE)
+        (tmp_path / f"{name}.txt").write_text("1\t2\tdog\n61\t62\tcat\n")
+    (remark,) = [remark for remark in prepare(tmp_path, tmp_path / "out")["remarks"] if "psla-pack" in remark]
+    assert remark.startswith("segments far into files of a format that must be decoded from its beginning: 3, the first in b.ogg;")
+
+
 def test_prepared_segments_are_read_and_packed(recordings, tmp_path):
     prepare(recordings, tmp_path / "out")
     manifest = Manifest.from_csv(tmp_path / "out" / "train.csv")
@@ -219,7 +228,7 @@ def test_what_cannot_be_used_is_left_out(tmp_path):
 
 
 def test_duplicates_are_kept_together_and_named(tmp_path):
-    root = write_folders(tmp_path / "in", ["dog", "cat"], n_clips=12, seconds=1.0, rate=16000)
+    root = write_folders(tmp_path / "in", ["dog", "cat"], n_clips=12, seconds=2.0, rate=16000)
     for i in range(6):
         samples, _ = soundfile.read(root / "dog" / f"dog{i}.wav", dtype="float32")
         soundfile.write(root / "dog" / f"copy{i}.flac", samples, 16000)

@@ -87,12 +87,20 @@ def test_rare_classes():
     assert (counts[1:, 2:] == 1).all()
 
 
-def test_a_rare_class_is_trained_though_a_rarer_one_takes_its_clips():
-    # class 0 is in three clips, of which two have to be taken from training, and class 1 is in those two alone and in one more
-    labels = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 0], *[[0, 0, 1]] * 20])
+def test_a_class_is_trained_though_rarer_ones_take_its_clips():
+    # classes 0 and 1 each have a clip of their own, and one that is of class 2 as well: often both of these are not for training
+    labels = np.array([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], *[[0, 0, 0, 1]] * 20])
     for seed in range(20):
         parts = share_out(csr_array(labels), np.arange(len(labels)), SHARES, seed)
         assert labels[parts == 0].any(axis=0).all()
+
+
+def test_no_class_is_taken_from_training_for_another_set():
+    # of class 0, each clip is the only one of another class
+    labels = np.hstack([np.ones((3, 1), int), np.eye(3, dtype=int)])
+    labels = np.vstack([np.pad(labels, ((0, 0), (0, 1))), [[0, 0, 0, 0, 1]] * 20])
+    parts = share_out(csr_array(labels), np.arange(len(labels)), SHARES)
+    assert parts[:3].tolist() == [0, 0, 0]
 
 
 def test_a_large_group_is_for_training():

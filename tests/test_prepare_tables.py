@@ -96,6 +96,9 @@ def test_a_class_a_column(tmp_path):
     text = "file,dog,cat,quality\na.wav,1,0,0.5\nb.wav,1,1,0.7\nc.wav,0,0,0.1\n"
     found = clips_of(table(tmp_path, text), {})
     assert labels_of(found) == {"a.wav": ("dog",), "b.wav": ("dog", "cat"), "c.wav": ()}
+    text = "file,dog,cat,category\na.wav,1,0,pets\nb.wav,1,1,pets\nc.wav,0,0,x\n"
+    assert labels_of(clips_of(table(tmp_path, text), {}))["b.wav"] == ("pets",)
+    assert labels_of(clips_of(table(tmp_path, text), {"label": "none"}))["b.wav"] == ("dog", "cat")
 
 
 def test_files_are_found_by_path_or_by_name(tmp_path):

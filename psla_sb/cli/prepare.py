@@ -23,7 +23,7 @@ left_out.csv. prepared.html says what was found: look at it before a training.
 exit status: 0 if all is well, 1 if it was interrupted, 2 if the command line or the input is wrong"""
 COLUMNS = {
     "file": "the files' names or paths",
-    "label": "the classes, one or several",
+    "label": "the classes, one or several; 'none' if each class has a column of 0 and 1",
     "start": "where in its file a clip begins, in seconds; 'none' if clips are whole files",
     "end": "where it ends",
     "duration": "how long it is",

@@ -44,39 +44,43 @@ def clips_of_table(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; --audio names the one with the sound files")
     files = files_in(folder, out)
-    columns = dict[str, str]()
-    for role, name in chosen.items():
-        if name != NONE:
-            columns[role] = _named(table, role, name)
-    free = [name for name in table.header if name not in columns.values()]
     finder = Finder([files])
+    columns = _columns(table, chosen, finder)
+    classes = [] if "label" in columns else _class_columns(table, columns)
+    if not classes and "label" not in columns:
+        said = f"which column has the classes? Name it with --label-column; there are {_listed(table.header)}"
+        raise InputError(f"{table.path}: {said}")
+    if separator is None and not classes:
+        separator = label_separator(table.column(columns["label"]))
+    return _found(table, columns, classes, separator or "", finder, files)
+
+
+def _columns(table: Table, chosen: Mapping[str, str], finder: Finder) -> dict[str, str]:
+    """Finds which column has which role; without one for labels, classes may have a column each."""
+    columns = {role: _named(table, role, name) for role, name in chosen.items() if name != NONE}
+    free = [name for name in table.header if name not in columns.values()]
+
+    def take(role: str, name: str | None) -> None:
+        if name is not None:
+            columns[role] = name
+            free.remove(name)
+
     if "file" not in columns:
-        columns["file"] = _file_column(table, free, finder, folder)
-        free.remove(columns["file"])
+        take("file", _file_column(table, free, finder))
     if not any(map(finder.find, table.column(columns["file"]))):
         first = next(filter(None, table.column(columns["file"])), "")
-        said = f"none of the files in column '{columns['file']}' is in {folder} or below, the first is '{first}'"
+        said = f"none of the files in column '{columns['file']}' is in {finder.folders[0]} or below, the first is '{first}'"
         raise InputError(f"{table.path}: {said}; say where they are with --audio FOLDER, or name the column with --file-column")
     for role in ("start", "end", "duration", "split", "fold", "group"):
         # the end of what has no start is the length of a file
-        if role not in chosen and (role not in ("end", "duration") or "start" in columns):
-            found = next((name for name in _by_name(free, role) if _fits(role, table.column(name))), None)
-            if found and not (role == "duration" and "end" in columns):
-                columns[role] = found
-                free.remove(found)
+        needless = (role in ("end", "duration") and "start" not in columns) or (role == "duration" and "end" in columns)
+        if role not in chosen and not needless:
+            take(role, next((name for name in _by_name(free, role) if _fits(role, table.column(name))), None))
     if "start" in columns and not {"end", "duration"} & set(columns):
         raise InputError(f"{table.path}: '{columns['start']}' has starts, but no column has ends; name it with --end-column")
-    classes = []
-    if "label" not in columns:
-        columns |= {"label": found} if (found := _label_column(table, free)) else {}
-        classes = [] if "label" in columns else _class_columns(table, free)
-    if not classes and "label" not in columns:
-        raise InputError(
-            f"{table.path}: which column has the classes? Name it with --label-column; there are {_listed(table.header)}"
-        )
-    cells = [] if classes else table.column(columns["label"])
-    separator = label_separator(cells) if separator is None else separator
-    return _found(table, columns, classes, separator, finder, files)
+    if "label" not in chosen:
+        take("label", _label_column(table, free))
+    return columns
 
 
 def _found(table: Table, columns: Mapping[str, str], classes: Sequence[str], separator: str, finder: Finder, files: Files) -> Found:
@@ -143,7 +147,7 @@ def _by_name(columns: Sequence[str], role: str) -> list[str]:
     return sorted((name for name in columns if plain[name] in known), key=lambda name: known.index(plain[name]))
 
 
-def _file_column(table: Table, free: Sequence[str], finder: Finder, folder: Path) -> str:
+def _file_column(table: Table, free: Sequence[str], finder: Finder) -> str:
     """Finds the column whose cells are files that are there; of several, the one with the better name."""
     rows = range(0, len(table.rows), max(1, len(table.rows) // 500))
     named = _by_name(free, "file")
@@ -157,7 +161,7 @@ def _file_column(table: Table, free: Sequence[str], finder: Finder, folder: Path
         return good[0]
     if named:
         return named[0]
-    said = f"no column names sound files that are in {folder} or below; there are {_listed(table.header)}"
+    said = f"no column names sound files that are in {finder.folders[0]} or below; there are {_listed(table.header)}"
     raise InputError(f"{table.path}: {said}. Say where the files are with --audio FOLDER, or name the column with --file-column")
 
 
@@ -188,10 +192,11 @@ def _label_column(table: Table, free: Sequence[str]) -> str | None:
     return candidates[0] if len(candidates) == 1 else None
 
 
-def _class_columns(table: Table, free: Sequence[str]) -> list[str]:
+def _class_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
     """Finds the columns of a table that has one for each class, with 0 and 1."""
-    columns = [name for name in free if {cell.lower() for cell in table.column(name)} <= set(TRUE) | set(FALSE)]
-    return columns if len(columns) > 1 else []
+    free = [name for name in table.header if name not in columns.values()]
+    found = [name for name in free if {cell.lower() for cell in table.column(name)} <= {*TRUE, *FALSE}]
+    return found if len(found) > 1 else []
 
 
 TRUE, FALSE = ("1", "1.0", "1,0", "true", "yes", "x"), ("0", "0.0", "0,0", "false", "no", "")

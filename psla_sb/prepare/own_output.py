@@ -23,6 +23,8 @@ from psla_sb.prepare.splits import fold_parts
 # Fewer clips of a class, and less is learned of it than its figures say
 FEW_CLIPS = 10
 SHOWN = 5
+# Seconds that are decoded for nothing before a segment, unless its file can be sought in
+LATE, SOUGHT = 60.0, (".wav", ".wave", ".flac", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64")
 
 
 class Pair(NamedTuple):
@@ -249,6 +251,12 @@ def remarks(prepared: Prepared, by_part: np.ndarray) -> list[str]:
         said.append(f"classes whose names differ only in capitals: {_some(twice)}")
     if n := sum(one.clipped for one in prepared.measured):
         said.append(f"clipped clips, with more than a thousandth of the samples at full scale: {n}")
+    late = [clip for clip in clips if (clip.start or 0) > LATE and not clip.path.lower().endswith(SOUGHT)]
+    if late:
+        said.append(
+            f"segments far into files of a format that must be decoded from its beginning: {len(late)}, the first in "
+            f"{os.path.basename(late[0].path)}; training reads them faster from packs (psla-pack)"
+        )
     if (largest := np.bincount(prepared.groups).max()) > len(clips) / 2:
         said.append(f"one group has {largest} of the {len(clips)} clips, which must all be in one set")
     return said
