@@ -45,9 +45,9 @@ def refused(*arguments):
 def sounds(tmp_path_factory):
     """A folder of three classes, one of few clips, some sounds that cannot be used, and a name that HTML must not read."""
     root = write_folders(tmp_path_factory.mktemp("sounds") / "in", ["dog", "<i>cat & co"], n_clips=14, seconds=0.5)
-    write_folders(root, ["rare"], n_clips=2, seconds=0.5)
+    write_folders(root, ["rare<u>"], n_clips=2, seconds=0.5)
     samples, _ = soundfile.read(root / "dog" / "dog0.wav")
-    soundfile.write(root / "rare" / "dog_again.wav", samples / 2, RATE)
+    soundfile.write(root / "rare<u>" / "dog_again.wav", samples / 2, RATE)
     soundfile.write(root / "dog" / "silent.wav", np.zeros(RATE), RATE)
     (root / "dog" / "broken.mp3").write_bytes(b"nothing")
     (root / "dog" / "notes.doc").write_bytes(b"nothing")
@@ -86,7 +86,7 @@ def test_what_is_written(prepared):
     assert report["single_label"] is True
     assert report["n_classes"] == 3
     assert report["positives"] == {
-        name: sum(labels == {name} for labels in sets["train"].values()) for name in ("<i>cat & co", "dog", "rare")
+        name: sum(labels == {name} for labels in sets["train"].values()) for name in ("<i>cat & co", "dog", "rare<u>")
     }
     for clip in Manifest.from_csv(out / "train.csv"):
         assert Path(clip["wav"]).is_absolute()
@@ -130,6 +130,8 @@ def test_the_page(prepared, sounds):
     }
     assert "<i>cat & co" in text
     assert "<i>" not in html
+    assert "<u>" not in html
+    assert "rare<u>" in text
     for expected in (str(sounds / "dog" / "silent.wav"), "dog_again.wav", "8,000 Hz", "wav", "500 ms to 1 s", "What to look at"):
         assert expected in text
     assert not JARGON.search(re.sub("<style>.*?</style>", "", html, flags=re.DOTALL))
@@ -160,6 +162,23 @@ def test_the_same_again_and_another_source(prepared, sounds, tmp_path):
     assert "has a train.csv of another origin; choose another folder" in refused(other, "--out", strange)
     assert call(other, "--out", strange, "--force")[2] == 0
     assert len(all_of(strange)) == 16
+
+
+def test_into_the_folder_of_the_sounds(tmp_path):
+    root = write_folders(tmp_path / "in", ["a", "b"])
+    for out in (root, root / "prepared"):
+        for _ in range(2):
+            assert call(root, "--out", out)[2] == 0
+            assert len(all_of(out)) == 16
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    from psla_sb.prepare import own_sounds
+
+    root = write_folders(tmp_path / "in", ["a", "b"])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(own_sounds, "measure", lambda *args: pytest.fail("it listens before"))
+    assert "cannot be written to (" in refused(root, "--out", tmp_path / "file" / "out")
 
 
 def test_other_settings_replace_what_was_there(tmp_path):

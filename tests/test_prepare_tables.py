@@ -56,6 +56,9 @@ def test_columns_are_guessed_by_what_is_in_them(tmp_path):
     found = clips_of(path, {})
     assert labels_of(found)["d.wav"] == ("cat",)
     assert "file: `which`, labels: `what` (one each), no split and no fold and no group" in found.said[0]
+    # columns of these names that are something else
+    text = "file,label,subset,fold,start,source\n" + "".join(f"x/{c}.wav,{c},esc10,first,?,web\n" for c in "abcd")
+    assert "no split and no fold and no group;" in clips_of(table(tmp_path, text, files=[]), {}).said[0]
 
 
 def test_the_guess_is_said_and_can_be_changed(tmp_path):

@@ -38,7 +38,7 @@ def _walk(folder: Path, but: str | None) -> Iterator[str]:
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         # a link to a folder above would never end
-        if real in seen or real == but:
+        if real in seen or (real == but and seen):
             folders.clear()
             continue
         seen.add(real)

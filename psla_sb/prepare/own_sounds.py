@@ -58,7 +58,14 @@ def prepare(source: str | Path, out: str | Path, settings: Settings | None = Non
         The source is none of these, has too little to train on, or the folder has another source's clips.
     """
     settings, source, out = settings or Settings(), Path(os.path.abspath(source)), Path(out)
-    check_unused(out, source, settings.force)
+    # a folder that cannot be written to is said before hours of listening
+    with one_process(out):
+        check_unused(out, source, settings.force)
+        return write_prepared(prepared_of(source, out, settings), out)
+
+
+def prepared_of(source: Path, out: Path, settings: Settings) -> Prepared:
+    """Finds the clips of a source, listens to them, and decides in which set each is."""
     found = clips_of(source, settings.columns, settings.label_separator, settings.audio, settings.nested, out)
     clips = merged(found.clips)
     if not clips:
@@ -75,10 +82,7 @@ def prepare(source: str | Path, out: str | Path, settings: Settings | None = Non
     parts, said = parts_of(source, clips, labels, groups, settings)
     folds = folds_of(source, clips, labels, groups, settings)
     said = [*found.said, *beyond_end(clips, measured), *said]
-    prepared = Prepared(source, clips, measured, classes, labels, groups, parts, folds, pairs, said, found.left_out)
-    with one_process(out):
-        check_unused(out, source, settings.force)
-        return write_prepared(prepared, out)
+    return Prepared(source, clips, measured, classes, labels, groups, parts, folds, pairs, said, found.left_out)
 
 
 def check_unused(out: Path, source: Path, force: bool) -> None:
