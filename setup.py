@@ -69,6 +69,7 @@ setup(
             "psla-ontology = psla_sb.cli.ontology:ontology",
             "psla-demo = psla_sb.cli.demo:demo",
             "psla-compare = psla_sb.cli.compare:compare",
+            "psla-prepare = psla_sb.cli.prepare:prepare",
         ]
     },
 )

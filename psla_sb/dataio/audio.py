@@ -16,7 +16,7 @@ from torchaudio.transforms import Resample
 
 from psla_sb.dataio import decoders, packs
 from psla_sb.dataio.containers import AudioError, warn
-from psla_sb.dataio.decoders import decoded
+from psla_sb.dataio.decoders import decoded, decoded_segment
 from psla_sb.errors import InputError
 
 SAMPLE_RATES = range(1_000, 1_000_001)  # in Hz; others come from broken headers
@@ -26,6 +26,9 @@ LOUD, LOUDEST = 32.0, 1024.0
 # Of a resampler, also of what copies are made with. Up to 0.46 of the lower rate it keeps the level to 0.1 dB, and from 0.51 on
 # what is there is under -100 dB; torchaudio's own settings let through a third of the level right above the half.
 RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 64, "rolloff": 0.96, "resampling_method": "sinc_interp_kaiser", "beta": 10.0}
+
+# Of a segment so much may be missing at its end, in seconds: lengths in annotations are rounded.
+MISSING_AT_END = 0.05
 
 AudioFile = str | Path | BinaryIO
 Opened = AudioFile | list[torch.Tensor]  # the waveform of an array, as the only block of `read_blocks`
@@ -38,7 +41,7 @@ def _resampler(from_rate: int, to_rate: int) -> Resample:
     return Resample(*(terms if from_rate < to_rate else terms[::-1]), **RESAMPLING)
 
 
-def read_audio(path: AudioFile, sample_rate: int = 16000) -> torch.Tensor:
+def read_audio(path: AudioFile, sample_rate: int = 16000, start: float | None = None, seconds: float | None = None) -> torch.Tensor:
     """Decodes a sound file, averages its channels and resamples it to `[samples]`, float32; full scale is 1.
 
     Arguments
@@ -49,12 +52,15 @@ def read_audio(path: AudioFile, sample_rate: int = 16000) -> torch.Tensor:
         there, and a warning.
     sample_rate
         Of the result, in Hz.
+    start, seconds
+        Of a segment of the file, which alone is decoded if the file's format can be sought in (WAV, FLAC and others that libsndfile
+        reads). Without `seconds` it goes to the file's end, without `start` the whole file is read.
 
     Raises
     ------
     AudioError
-        The file is missing, is not a regular file, is not sound, is damaged, ends early, has no samples, has samples that are not
-        numbers or far beyond full scale, or a sample rate that no sound has.
+        The file is missing, is not a regular file, is not sound, is damaged, ends early, also for its segment, has no samples, has
+        samples that are not numbers or far beyond full scale, or a sample rate that no sound has.
 
     Example
     -------
@@ -64,12 +70,33 @@ def read_audio(path: AudioFile, sample_rate: int = 16000) -> torch.Tensor:
     >>> read_audio(path).shape
     torch.Size([16000])
     """
-    return as_floats(_read(*_source(path), sample_rate))
+    return as_floats(_read(*_source(path), sample_rate, start, seconds))
 
 
-def _read(path: str, source: str | io.BytesIO, sample_rate: int) -> torch.Tensor:
+def segment(path: AudioFile, start: float, seconds: float | None) -> tuple[int, torch.Tensor]:
+    """Decodes a segment of a file, see `read_audio`, as it is: its sample rate and `[samples, channels]`, int16 or float32."""
+    pieces = _segment(*_source(path), start, seconds)
+    if len({(rate, piece.dtype, piece.shape[1]) for rate, piece in pieces}) > 1:
+        raise AudioError(f"{path}: its sample rate changes within a segment; convert the file to one rate")
+    return pieces[0][0], _joined([piece for _, piece in pieces])
+
+
+def _segment(path: str, source: str | io.BytesIO, start: float, seconds: float | None) -> list[tuple[int, torch.Tensor]]:
+    length = math.inf if seconds is None or math.isnan(seconds) else seconds
+    pieces = [(rate, piece) for rate, piece in decoded_segment(path, source, start, length) if len(piece)]
+    there = sum(len(piece) / rate for rate, piece in pieces)
+    if there < (0.0 if math.isinf(length) else length - MISSING_AT_END) or not pieces:
+        what = "there are no" if not pieces else f"only {there:.2f} s are"
+        until = "" if math.isinf(length) else f" to {start + length:.2f} s"
+        raise AudioError(f"{path}: it ends early for its segment from {start:.2f} s{until}, of which {what} samples there")
+    return pieces
+
+
+def _read(
+    path: str, source: str | io.BytesIO, sample_rate: int, start: float | None = None, seconds: float | None = None
+) -> torch.Tensor:
     """Does the work of `read_audio`, but leaves the int16 samples of a file in one channel at this rate as they are."""
-    pieces = list(decoded(path, source, seconds=600.0))
+    pieces = list(decoded(path, source, seconds=600.0)) if start is None else _segment(path, source, start, seconds)
     if all(rate == sample_rate and piece.dtype == torch.int16 and piece.shape[1] == 1 for rate, piece in pieces):
         waves = [piece[:, 0] for _, piece in pieces]
     else:
@@ -285,6 +312,20 @@ def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[to
         yield rest
 
 
+def own_blocks(path: AudioFile, seconds: float = 10.0) -> Iterator[tuple[int, torch.Tensor]]:
+    """Decodes a sound file in pieces of about so many seconds as it is: sample rates and `[samples, channels]`, float32.
+
+    Errors are those of `read_audio`.
+    """
+    name, source = _source(path)
+    for rate, piece in decoded(name, source, seconds):
+        _check_rate(name, rate)
+        floats = as_floats(piece)
+        if len(floats):
+            check_scale(name, floats)
+        yield rate, floats
+
+
 def read_clip(path: str | Path, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0) -> torch.Tensor:
     """Reads a clip for the model: `read_audio`, less the whole clip's mean, then cut to `n_samples` if it is longer.
 
@@ -325,15 +366,23 @@ def _less_mean(samples: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def read_samples(
-    path: AudioFile, sample_rate: int = 16000, n_samples: int | None = None, place: float = 0.0
+    path: AudioFile,
+    sample_rate: int = 16000,
+    n_samples: int | None = None,
+    place: float = 0.0,
+    start: float | None = None,
+    seconds: float | None = None,
 ) -> tuple[torch.Tensor, float]:
-    """Reads what `read_clip` does, as `[samples]` in as few bytes as it takes (int16 if possible), and the mean for `centred`."""
-    samples, mean = _less_mean(_read(*_source(path), sample_rate))
+    """Reads what `read_clip` does, as `[samples]` in as few bytes as it takes (int16 if possible), and the mean for `centred`.
+
+    Of a file with a `start`, the clip is a segment, see `read_audio`.
+    """
+    samples, mean = _less_mean(_read(*_source(path), sample_rate, start, seconds))
     if n_samples is not None and len(samples) > n_samples:
         # of the whole clip: `centred` sees only what is kept
         mean = _mean(samples, len(samples)).item() if math.isnan(mean) else mean
-        start = int(place * (len(samples) - n_samples + 1))
-        samples = samples[start : start + n_samples]
+        first = int(place * (len(samples) - n_samples + 1))
+        samples = samples[first : first + n_samples]
     return samples, mean
 
 

@@ -248,6 +248,11 @@ class Pcm:
         self.frames = self.left = length // (2 * channels)
         file.seek(begin)
 
+    def seek(self, n_samples: int) -> None:
+        """Goes on from there on; it is called once, before anything is read."""
+        self.left = self.frames - n_samples
+        self.file.seek(2 * self.channels * n_samples, os.SEEK_CUR)
+
     def read(self, n_samples: int) -> np.ndarray:
         """Gives the next samples, int16 `[n_samples or fewer, channels]`."""
         samples = np.empty((min(n_samples, self.left), self.channels), "<i2")

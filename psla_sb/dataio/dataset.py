@@ -22,12 +22,12 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from psla_sb.dataio.audio import AudioError, centred, opened, read_if_short, read_samples
 from psla_sb.dataio.batches import ClipBatch
-from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
 from psla_sb.errors import InputError
 from psla_sb.labels.label_sets import LabelSets
 
-STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner"]
+STATIC_KEYS = ["id", "wav", "duration", "labels", "index", "epoch", "position", "partner", START]
 OUTPUT_KEYS = ["id", "index", "target", "partner", "error"]
 CROPS: dict[str, Any] = {"first": 0.0, "centre": 0.5, "random": None}
 MAX_REDRAWS = 10
@@ -87,8 +87,9 @@ class TaggingDataset(DynamicItemDataset):
         self.label_sets, self.n_classes, self.sample_rate, self.n_samples = label_sets, n_classes, sample_rate, n_samples
         self.teacher, self.crop, self.seed = teacher, crop, seed
         # methods, and no functions made here: those could not be sent to a worker that is not forked
+        takes = ["wav", "epoch", "position", START, "duration"]
         items = [
-            {"func": self._audio, "takes": ["wav", "epoch", "position"], "provides": ["samples", "mean", "error"]},
+            {"func": self._audio, "takes": takes, "provides": ["samples", "mean", "error"]},
             {"func": centred, "takes": ["samples", "mean"], "provides": "sig"},
             {"func": self._target, "takes": "index", "provides": "target"},
             {"func": self._scores, "takes": "index", "provides": "teacher"},
@@ -101,10 +102,12 @@ class TaggingDataset(DynamicItemDataset):
         mapped = isinstance(self.teacher, np.memmap)
         return {**self.__dict__, "teacher": self.teacher.filename} if mapped else self.__dict__
 
-    def _audio(self, wav: str, epoch: int, position: int) -> tuple[torch.Tensor, float, str | None]:
+    def _audio(
+        self, wav: str, epoch: int, position: int, start: float | None, duration: float | None
+    ) -> tuple[torch.Tensor, float, str | None]:
         place = draw_rng(self.seed, epoch, position, CROP).random() if self.crop == "random" else CROPS[self.crop]
         try:
-            return *read_samples(wav, self.sample_rate, self.n_samples, place), None
+            return *read_samples(wav, self.sample_rate, self.n_samples, place, start, duration), None
         except AudioError as error:
             return torch.zeros(1, dtype=torch.int16), 0.0, str(error)
 
@@ -126,7 +129,7 @@ class TaggingDataset(DynamicItemDataset):
         return {**item, "skipped": skipped} if self.redraw else item
 
     def _item(self, draw: Draw) -> dict[str, Any]:
-        return self.pipeline.compute_outputs({**self.data[draw.index], **draw._asdict()})
+        return self.pipeline.compute_outputs({START: None, **self.data[draw.index], **draw._asdict()})
 
 
 def clip_loader(

@@ -6,6 +6,7 @@ libsndfile decodes what it counts rightly, FFmpeg's libraries (PyAV) all else. W
 import contextlib
 import io
 import itertools
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,35 @@ def decoded(path: Any, source: str | io.BytesIO, seconds: float = 10.0) -> Itera
             raise undecoded(path, error) from None
 
 
+def decoded_segment(
+    path: Any, source: str | io.BytesIO, start: float, seconds: float = math.inf
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Decodes as `decoded` does, but only what is from `start` on, for so many seconds, or less if the file ends before.
+
+    Of formats that cannot be sought in exactly (MP3, Ogg, AAC and others of FFmpeg's), what is before is decoded, and dropped.
+    """
+    with _opened(path, source, to_seek=True) as (file, _):
+        if isinstance(file, Pcm) or (isinstance(file, soundfile.SoundFile) and file.seekable()):
+            first = min(round(start * file.samplerate), file.frames)
+            last = file.frames if math.isinf(seconds) else min(round((start + seconds) * file.samplerate), file.frames)
+            try:
+                file.seek(first)
+                of_16_bits = isinstance(file, Pcm) or file.subtype == "PCM_16"
+                options = {} if isinstance(file, Pcm) else {"dtype": "int16" if of_16_bits else "float32", "always_2d": True}
+                block = file.read(last - first, **options)
+            except SOUNDFILE_ERRORS as error:
+                raise undecoded(path, error) from None
+            yield file.samplerate, torch.from_numpy(block)
+            return
+    begin = 0.0
+    for rate, piece in decoded(path, source):
+        first, last = (max(0, round(min(time - begin, len(piece) / rate) * rate)) for time in (start, start + seconds))
+        yield rate, piece[first:last]
+        begin += len(piece) / rate
+        if begin >= start + seconds:
+            return
+
+
 def known_duration(path: Any, source: str | io.BytesIO) -> float | None:
     """The seconds that a header says, None if it would be only an estimate."""
     seconds = flac_duration(source)
@@ -90,18 +120,21 @@ def duration(path: Any, source: str | io.BytesIO) -> float:
 
 
 @contextlib.contextmanager
-def _opened(path: Any, source: str | io.BytesIO) -> Iterator[tuple[Any, float | None]]:
-    """Gives a `Pcm`, the `SoundFile` of what libsndfile counts rightly, or `av` containers, and the seconds if they are known."""
+def _opened(path: Any, source: str | io.BytesIO, to_seek: bool = False) -> Iterator[tuple[Any, float | None]]:
+    """Gives a `Pcm`, the `SoundFile` of what libsndfile counts rightly, or `av` containers, and the seconds if they are known.
+
+    A FLAC file is a `SoundFile` only if it is opened `to_seek` in it.
+    """
     with contextlib.ExitStack() as stack:
         try:
             file = source if isinstance(source, io.BytesIO) else stack.enter_context(open(source, "rb", buffering=0))
-            opened = _open(path, file, stack)
+            opened = _open(path, file, stack, to_seek)
         except OSError as error:
             raise AudioError(f"{path}: cannot be read ({error.strerror})") from None
         yield opened
 
 
-def _open(path: Any, file: Any, stack: contextlib.ExitStack) -> tuple[Any, float | None]:
+def _open(path: Any, file: Any, stack: contextlib.ExitStack, to_seek: bool) -> tuple[Any, float | None]:
     n_bytes, _ = file.seek(0, os.SEEK_END), file.seek(0)
     head = file.read(4096)
     if pcm := pcm_of(path, file, head, n_bytes):
@@ -118,7 +151,9 @@ def _open(path: Any, file: Any, stack: contextlib.ExitStack) -> tuple[Any, float
         check_end(path, file, head, end)
     elif head[:4] == b"fLaC":
         # `read_flac` has refused it: it is of more bits, longer than it says, or damaged
-        pass
+        sound, refused = _sound_file(windows[0], stack) if to_seek else (None, None)
+        if sound is not None:
+            return sound, None
     elif not (is_mpeg(head) or head[:4] == b"riff" or any(not any(new) for _, new in patches)):
         sound, refused = _sound_file(windows[0], stack)
         # of GSM's last block it does not know how many samples there are, and of MPEG it estimates how many

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from psla_sb.dataio.audio import as_floats, read_blocks
-from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.audio import as_floats, read_audio, read_blocks
+from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.errors import InputError
 
 CLIPS = 24
@@ -18,8 +18,8 @@ FLOOR = 1e-6  # of the energy, -60 dB
 ALIKE = 3.0
 
 
-def loudness(path: str) -> list[int] | None:
-    """Measures each half second of the first ten of a sound file, in dB; None if it cannot be read.
+def loudness(path: str, start: float | None = None, seconds: float | None = None) -> list[int] | None:
+    """Measures each half second of the first ten of a sound file, or of a segment of it, in dB; None if it cannot be read.
 
     >>> import soundfile
     >>> path = str(getfixture("tmp_path") / "steps.wav")
@@ -29,7 +29,7 @@ def loudness(path: str) -> list[int] | None:
     """
     blocks, n_read, n_samples = list[torch.Tensor](), 0, int(SECONDS * RATE)
     try:
-        for block in read_blocks(path, RATE, SECONDS):
+        for block in read_blocks(path, RATE, SECONDS) if start is None else [read_audio(path, RATE, start, seconds)]:
             blocks.append(as_floats(block))
             n_read += len(block)
             if n_read >= n_samples:
@@ -44,7 +44,9 @@ def some_loudness(clips: Manifest) -> dict[str, dict[str, Any]]:
     """Measures some clips of a data set: where they are, and their loudness, by their IDs."""
     rows = np.unique(np.linspace(0, len(clips) - 1, CLIPS).astype(int)).tolist()
     some = [clips[row] for row in rows]
-    return {clip["id"]: {"file": clip["wav"], "loudness": loudness(clip["wav"])} for clip in some}
+    return {
+        clip["id"]: {"file": clip["wav"], "loudness": loudness(clip["wav"], clip.get(START), clip["duration"])} for clip in some
+    }
 
 
 def other_sound(was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

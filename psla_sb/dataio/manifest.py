@@ -23,6 +23,8 @@ from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
 
 COLUMNS = {"ID": pa.string(), "wav": pa.string(), "duration": pa.float64(), "labels": pa.string()}
+# a column of annotations whose clips are segments of recordings
+START = "start"
 ROOTS = ("{data_root}", "$data_root")  # as in SpeechBrain's JSON files, and as in its CSV files
 READ_BLOCK_SIZE, LONGEST_ROW = 1 << 22, 1 << 26  # bytes
 
@@ -34,6 +36,7 @@ class Manifest:
     ---------
     table
         Columns `ID` (unique), `wav` (path of a sound file), `duration` (seconds; may be null) and `labels` (mids joined by `;`).
+        With a column `start` (seconds), a clip is what its file has from there on, for `duration` or to the end; null: all of it.
     data_root
         What SpeechBrain's `{data_root}` or `$data_root` at the start of a path stands for.
     source
@@ -56,6 +59,8 @@ class Manifest:
             row = pc.index(table[column], "").as_py()
             if row >= 0:
                 raise InputError(f"{source}, clip {row + 1}: the column '{column}' is empty.")
+        if self.has_segments:
+            self._check_segments()
         # sorted, because a hash table of all IDs would take more memory than the annotation
         ids = table["ID"].combine_chunks()
         ids = ids.take(pc.sort_indices(ids))
@@ -63,15 +68,32 @@ class Manifest:
         if len(repeated):
             raise InputError(f"{source}: {len(repeated)} IDs occur more than once, the first is '{repeated[0]}'; make them unique.")
 
+    @property
+    def has_segments(self) -> bool:
+        """Whether clips are segments of their files: whether there is a column `start`."""
+        return START in self.table.column_names
+
+    def _check_segments(self) -> None:
+        for column, wrong in ((START, pc.less(self.table[START], 0)), ("duration", pc.less_equal(self.table["duration"], 0))):
+            row = pc.index(pc.and_(pc.fill_null(wrong, False), self.table[START].is_valid()), True).as_py()
+            if row >= 0:
+                clip, seconds = self.table["ID"][row], self.table[column][row].as_py()
+                raise InputError(
+                    f"{self.source}, clip '{clip}': '{column}' is {seconds:g} s; a segment begins at 0 or later, and lasts."
+                )
+
     @classmethod
-    def from_columns(cls, ids: Iterable, wavs: Iterable, durations: Iterable, labels: Iterable, **kwargs: Any) -> "Manifest":
+    def from_columns(
+        cls, ids: Iterable, wavs: Iterable, durations: Iterable, labels: Iterable, starts: Iterable | None = None, **kwargs: Any
+    ) -> "Manifest":
         """Makes a manifest of columns of equal length; the labels of a clip are one string, mids joined by `;`."""
         columns = {"ID": ids, "wav": wavs, "duration": durations, "labels": labels}
-        return cls(pa.table(columns, schema=pa.schema(COLUMNS)), **kwargs)
+        table = pa.table(columns, schema=pa.schema(COLUMNS))
+        return cls(table if starts is None else table.append_column(START, pa.array(starts, pa.float64())), **kwargs)
 
     @classmethod
     def from_csv(cls, path: str | Path, data_root: str | Path | None = None) -> "Manifest":
-        """Reads `ID,wav,duration,labels`; a column `duration` may be missing, further columns are ignored.
+        """Reads `ID,wav,duration,labels`, and `start` if it is there; `duration` may be missing, further columns are ignored.
 
         An `InputError` says what is wrong with the file: it is missing, empty, not such a CSV, or has an ID twice.
 
@@ -120,7 +142,7 @@ class Manifest:
         return cls.from_psla_json(path) if Path(path).suffix == ".json" else cls.from_csv(path, data_root)
 
     def to_csv(self, path: str | Path) -> None:
-        """Writes the annotation, a duration that is not known as `nan`; the file appears whole or not at all.
+        """Writes the annotation, a duration or start that is not known as `nan`; the file appears whole or not at all.
 
         >>> path = getfixture("tmp_path") / "copy.csv"
         >>> Manifest.from_columns(["a"], ["a, b.wav"], [1.0], ["x;y"]).to_csv(path)
@@ -128,8 +150,9 @@ class Manifest:
         ['"ID","wav","duration","labels"', '"a","a, b.wav",1,"x;y"']
         """
         # an empty cell is no number to SpeechBrain's from_csv
-        durations = pc.fill_null(self.table["duration"], math.nan)
-        table = self.table.set_column(self.table.column_names.index("duration"), "duration", durations)
+        table = self.table
+        for name in ("duration", *([START] if self.has_segments else [])):
+            table = table.set_column(table.column_names.index(name), name, pc.fill_null(table[name], math.nan))
         with atomic_write(path) as temporary:
             pyarrow.csv.write_csv(table, temporary)
 
@@ -140,6 +163,10 @@ class Manifest:
 
     def to_psla_json(self, path: str | Path) -> None:
         """Writes the published PSLA code's data file; the file appears whole or not at all."""
+        if self.has_segments:
+            raise InputError(
+                f"{self.source}: its clips are segments of files, which {path} cannot say; pack them first (psla-pack)."
+            )
         clips = [{"wav": row["wav"], "labels": ",".join(row["labels"])} for row in map(self.__getitem__, range(len(self)))]
         write_file(path, json.dumps({"data": clips}))
 
@@ -150,7 +177,8 @@ class Manifest:
         name, wav, duration, labels = (self.table[column][i].as_py() for column in COLUMNS)
         for placeholder in ROOTS if self.data_root is not None else ():
             wav = wav.replace(placeholder, str(self.data_root))
-        return {"id": name, "wav": wav, "duration": duration, "labels": [label for label in labels.split(";") if label]}
+        clip = {"id": name, "wav": wav, "duration": duration, "labels": [label for label in labels.split(";") if label]}
+        return {**clip, START: self.table[START][i].as_py()} if self.has_segments else clip
 
     def paths(self) -> pa.Array:
         """Gives the paths of the clips, with the data root in its place."""
@@ -159,13 +187,21 @@ class Manifest:
             paths = pc.replace_substring(paths, placeholder, str(self.data_root))
         return paths
 
-    def digest(self, columns: Sequence[str] = ("ID", "wav")) -> str:
-        """Computes the SHA-256 of the IDs and paths, which tells whether scores are of these clips, or of other columns."""
+    def places(self) -> pa.Array:
+        """Tells clips apart by where they are: their paths, and where in their files segments begin."""
+        if not self.has_segments:
+            return self.paths()
+        starts = pc.fill_null(self.table[START].combine_chunks().cast(pa.string()), "")
+        return pc.binary_join_element_wise(self.paths(), starts, "\n")
+
+    def digest(self, columns: Sequence[str] | None = None) -> str:
+        """Computes the SHA-256 of the IDs and places, which tells whether scores are of these clips, or of other columns."""
         digest = hashlib.sha256()
+        columns = columns or ("ID", "wav", *([START, "duration"] if self.has_segments else []))
         for column in map(self.table.column, columns):
             # in pieces, because they are copied
             for start in range(0, len(self), 1_000_000):
-                values = column.slice(start, 1_000_000).combine_chunks()
+                values = pc.fill_null(column.slice(start, 1_000_000).combine_chunks().cast(pa.string()), "")
                 lines = pc.binary_join(pa.ListArray.from_arrays([0, len(values)], values), "\n")
                 digest.update(lines[0].as_buffer())
         return digest.hexdigest()
@@ -248,13 +284,17 @@ def _file_state(path: str) -> str | None:
 
 
 def _read_table(path: str | Path, block_size: int = READ_BLOCK_SIZE) -> pa.Table:
-    """Reads the columns of an annotation CSV; a column that is missing is null."""
+    """Reads the columns of an annotation CSV; a column that is missing is null, but for `start`, which is then missing."""
     # by default an empty cell of strings is no null, and a quoted cell ends in its line
-    convert = pyarrow.csv.ConvertOptions(column_types=COLUMNS, include_columns=list(COLUMNS), include_missing_columns=True)
+    columns = {**COLUMNS, START: pa.float64()}
+    convert = pyarrow.csv.ConvertOptions(column_types=columns, include_columns=list(columns), include_missing_columns=True)
     try:
         # the streaming reader holds one block at a time
         with pyarrow.csv.open_csv(path, pyarrow.csv.ReadOptions(block_size=block_size), convert_options=convert) as reader:
-            return reader.read_all()
+            table = reader.read_all()
+        starts = pc.if_else(pc.is_nan(table[START]), None, table[START])
+        place = table.column_names.index(START)
+        return table.remove_column(place) if starts.null_count == len(table) else table.set_column(place, START, starts)
     except pa.ArrowInvalid as error:
         # a block must hold at least a row
         if block_size == LONGEST_ROW or "block" not in str(error):

@@ -170,7 +170,7 @@ def _open_annotations(hparams: Mapping[str, Any]) -> tuple[Vocabulary, Manifest,
     if selection_annotation is None:
         raise InputError("select=greedy needs --selection_annotation=..., clips on which nothing is reported")
     selection = Manifest.from_file(selection_annotation, data_folder)
-    common = pc.sum(pc.is_in(selection.paths(), value_set=pa.array(manifest.paths()))).as_py()
+    common = pc.sum(pc.is_in(selection.places(), value_set=pa.array(manifest.places()))).as_py()
     if common:
         raise InputError(
             f"{selection.source}: {common} of its clips are also in {manifest.source}, which is reported on, and what is picked on "

@@ -23,9 +23,10 @@ from psla_sb.checkpoints.run_folder import (
 from psla_sb.checkpoints.sources import Snapshot
 from psla_sb.checkpoints.tagger_folder import trust_options
 from psla_sb.checkpoints.weights import load_into, save_weights, trained_modules
+from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.bad_clips import audio_check, csv_line, state_of_sounds
 from psla_sb.dataio.dataset import TaggingDataset
-from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
 from psla_sb.files import read_json, wait_for, write_file
@@ -188,11 +189,15 @@ def example(brain: TaggingBrain, dataset: TaggingDataset, vocabulary: Vocabulary
     folder = Path(brain.hparams.output_folder)
     clip = dataset.data[next(row for row in range(len(dataset)) if dataset[row]["error"] is None)]
     tagger = AudioTagger.from_source(in_memory(brain, average_path(folder)), run_opts={"device": str(brain.device)})
+    sound: Any = clip["wav"]
+    rate, segment = dataset.sample_rate, ""
+    if (start := clip.get(START)) is not None:
+        sound, segment = read_audio(sound, rate, start, clip["duration"]), f", from {start:.2f} s on"
     return "\n".join(
         [
-            f"An example, {clip['wav']}",
+            f"An example, {clip['wav']}{segment}",
             "  its labels: " + "; ".join(vocabulary.names[vocabulary.index(mid)] for mid in clip["labels"]),
-            "  its tags:   " + "; ".join(f"{tag.label} {tag.score:.2f}" for tag in tagger.tag_file(clip["wav"])),
+            "  its tags:   " + "; ".join(f"{tag.label} {tag.score:.2f}" for tag in tagger.tag_file(sound, sample_rate=rate)),
             f"Tag your own sounds: psla-tag --model {folder / 'tagger'}{trust_options(folder / 'tagger')} FILE...",
         ]
     )

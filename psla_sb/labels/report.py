@@ -75,7 +75,8 @@ def clip_table(manifest: Any, before: LabelSets, after: LabelSets, vocabulary: V
     counts = np.bincount(clips, minlength=len(before))
     top = np.argsort(-counts, kind="stable")[: min(n_clips, np.count_nonzero(counts))]
     added = LabelSets(np.append(0, np.cumsum(counts)), classes)
-    table = manifest.table.select(["ID", "wav"]).take(pa.array(top)).append_column("n_added", pa.array(counts[top]))
+    places = ["ID", "wav", *(["start"] if manifest.has_segments else [])]
+    table = manifest.table.select(places).take(pa.array(top)).append_column("n_added", pa.array(counts[top]))
     for column, sets in (("carried", before), ("added", added)):
         names = ["; ".join(vocabulary.names[c] for c in sets[clip]) for clip in top]
         table = table.append_column(column, pa.array(names, pa.string()))

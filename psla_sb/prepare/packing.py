@@ -19,12 +19,13 @@ import pyarrow.compute as pc
 import pyarrow.csv
 from tqdm import tqdm
 
-from psla_sb.dataio.manifest import ROOTS, Manifest
+from psla_sb.dataio.manifest import ROOTS, START, Manifest
 from psla_sb.dataio.packs import PLACE
 from psla_sb.errors import InputError
 from psla_sb.files import UNFINISHED, atomic_write, one_process
 from psla_sb.prepare.annotations import list_left_out
 from psla_sb.prepare.pack_index import INDEX, INDEX_ENDING, in_threads, index_of, read_index
+from psla_sb.prepare.segments import cut_segments
 
 FILES_AT_ONCE = 256
 # of what cannot be packed, in place of its size
@@ -44,6 +45,7 @@ def pack(
 
     Clips are shared out in the annotation's order, by their size, so the same clips give the same files; nothing is decoded.
     Packs have at most `shard_size` bytes, tar's end of up to 10 kB not counted, but for a larger clip, which has one of its own.
+    Of clips that are segments, the segments alone are packed, so the annotation of packed clips has no `start`.
     With `leave_out`, clips whose file cannot be read are left out and listed; otherwise they raise `InputError`.
     Called again after an interruption, it keeps packs that are whole (see `is_whole`).
     """
@@ -53,15 +55,19 @@ def pack(
     packed = Path(out, f"{Path(annotation).stem}.csv")
     if packed.exists() and packed.samefile(annotation):
         raise InputError(f"{annotation}: the packed annotation would take its place. Pack into another folder")
-    with one_process(out):
-        return _pack(manifest, packed, shard_size, n_workers, leave_out)
-
-
-def _pack(manifest: Manifest, packed: Path, shard_size: int, n_workers: int, leave_out: bool) -> Path:
-    out, name, paths = packed.parent, packed.stem, manifest.paths()
     for placeholder in ROOTS:
-        if pc.any(pc.starts_with(paths, placeholder)).as_py():
+        if pc.any(pc.starts_with(manifest.paths(), placeholder)).as_py():
             raise InputError(f"{manifest.source}: its paths begin with {placeholder}: say which folder that is (--data-folder)")
+    with one_process(out):
+        if not manifest.has_segments:
+            return _pack(manifest, manifest.paths(), packed, shard_size, n_workers, leave_out)
+        whole = Manifest(manifest.table.drop_columns([START]), manifest.data_root, manifest.source)
+        with cut_segments(manifest, out, n_workers) as paths:
+            return _pack(whole, paths, packed, shard_size, n_workers, leave_out)
+
+
+def _pack(manifest: Manifest, paths: pa.Array, packed: Path, shard_size: int, n_workers: int, leave_out: bool) -> Path:
+    out, name = packed.parent, packed.stem
     sizes, changed = _look(paths, n_workers)
     usable = sizes >= 0
     if not usable.all():
