@@ -155,6 +155,10 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         from psla_sb.plots.training import write_pictures
 
         write_pictures(brain, dataset, name, vocabulary, train_labels)
+        if settings["report"]:
+            from psla_sb.experiment.report import write_report
+
+            logger.info("The report: %s", write_report(folder, name, dataset.data, vocabulary, train_labels))
         trackers.log_results(loggers, results["evaluation"], sorted((folder / "plots").glob("*.png")))
     return results
 
