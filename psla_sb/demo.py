@@ -34,6 +34,9 @@ WINDOWS = (
 )
 MOMENTS = "; the timeline hears a moment at a time, so its scores may differ."
 NO_TIMES = ". The model does not say when: there is no timeline."
+TICK = "\N{CHECK MARK} "
+DECIDED = f" A class with {TICK}reaches its own threshold."
+OWN = "Events by each class's own threshold, not by the slider"
 KEPT = 4 * 3600  # seconds that a sound is kept for a page that is left open
 NO_GRADIO = """the demo page needs Gradio:
     pip install 'psla_sb[demo]'     or, in the repository, pip install -e '.[demo]'"""
@@ -119,7 +122,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:04.1f}" if hours else f"{minutes}:{rest:04.1f}"
 
 
-def event_rows(heard: Heard, threshold: float) -> tuple[list[list[str]], int]:
+def event_rows(heard: Heard, threshold: float | np.ndarray) -> tuple[list[list[str]], int]:
     """Makes the table of events (class, start, end, highest score); too many are cut to the best-scored; and counts them all."""
     found = [] if heard.timeline is None else events(heard.timeline, threshold)
     shown = sorted(sorted(found, key=lambda event: -event.score)[:MAX_EVENTS], key=lambda event: event.start)
@@ -158,10 +161,10 @@ def _gradio() -> Any:
 
 def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> Any:
     """Builds the page, a `gradio.Blocks`: `source` is what the model is called there, `examples` are sound files on offer."""
-    gr, model = _gradio(), tagger.hparams
+    gr, model, calibration = _gradio(), tagger.hparams, tagger.calibration
     length = f"{tagger.n_samples / model.sample_rate:.3g} s at a time" if tagger.n_samples else "clips of any length"
 
-    def hear(path, k, threshold, progress=gr.Progress()):  # noqa: B008
+    def hear(path, k, threshold, own=False, progress=gr.Progress()):  # noqa: B008
         nothing = (None, gr.Column(visible=False), gr.Column(visible=False), None, None, None)
         if path is None:
             return START, *nothing
@@ -171,15 +174,15 @@ def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> A
             text = html.escape(str(error).replace(str(path), Path(path).name))
             return f'<p class="error" role="alert">{text}</p>', *nothing
         progress(1.0, "drawing")
-        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {note(heard)}</p>"
+        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {note(heard)}{DECIDED if calibration else ''}</p>"
         shown = gr.Column(visible=True)
-        return told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold)
+        return told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold, own)
 
     def show_classes(heard, k):
-        return {tag.label: tag.score for tag in heard.tags[:k]}, picture(heard, k)
+        return {f"{TICK * bool(tag.decision)}{tag.label}": tag.score for tag in heard.tags[:k]}, picture(heard, k)
 
-    def show_events(heard, threshold):
-        rows, found = event_rows(heard, threshold)
+    def show_events(heard, threshold, own=False):
+        rows, found = event_rows(heard, calibration.threshold if own else threshold)
         shown = f"the best-scored {len(rows)} of {found}" if found > len(rows) else str(found)
         return gr.Dataframe(rows, label=f"Events: {shown}")
 
@@ -207,13 +210,16 @@ def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> A
             whole = {"format": "png", "buttons": ["download", "fullscreen"], "interactive": False}
             drawn = gr.Image(label="Timeline", elem_id="picture", **whole)
             threshold = gr.Slider(0.05, 0.95, THRESHOLD, step=0.05, label="Least score of an event", buttons=[])
+            # of each class's own threshold, if the model has some
+            choices = [threshold, *([gr.Checkbox(True, label=OWN, elem_id="own")] if calibration else [])]
             table = gr.Dataframe(headers=COLUMNS, column_widths=WIDTHS, wrap=True, interactive=False, buttons=[], elem_id="events")
         # one at a time, whoever asks: matplotlib's style and the count of windows are the process's own
         alone = {"concurrency_id": "alone", "concurrency_limit": 1, "api_visibility": "private"}
         outputs = [told, found, beside, below, tags, drawn, table]
-        sound.change(hear, [sound, k, threshold], outputs, show_progress_on=told, **alone)
+        sound.change(hear, [sound, k, *choices], outputs, show_progress_on=told, **alone)
         k.change(show_classes, [found, k], [tags, drawn], show_progress="hidden", **alone)
-        threshold.change(show_events, [found, threshold], table, show_progress="hidden", **alone)
+        for choice in choices:
+            choice.change(show_events, [found, *choices], table, show_progress="hidden", **alone)
     return page
 
 

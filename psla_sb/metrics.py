@@ -4,7 +4,7 @@ A figure that is added to `METRICS` is in every row of `results.json`, in every 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,16 +107,52 @@ def best_f1(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tenso
     >>> best_f1(np.array([[0.9], [0.8], [0.7], [0.1]]), np.array([[1], [0], [1], [0]]))
     (array([0.7]), array([0.8]))
     """
-    scores, targets = _to_numpy(scores), _to_numpy(targets)
     thresholds, best = np.full((2, scores.shape[1]), np.nan)
+    for c, levels, hits, tagged in _levels(scores, targets):
+        f1 = 2 * hits / (tagged + hits[-1])
+        thresholds[c], best[c] = levels[np.argmax(f1)], f1.max()
+    return thresholds, best
+
+
+def threshold_at_precision(scores: np.ndarray | torch.Tensor, targets: np.ndarray | torch.Tensor, precision: float) -> np.ndarray:
+    """Finds each class's lowest threshold at which at least such a share of the tagged clips is positive: float64 `[classes]`.
+
+    It is infinite where there is no such threshold, and NaN without a positive clip.
+
+    Example
+    -------
+    >>> threshold_at_precision(np.array([[0.9], [0.8], [0.7], [0.1]]), np.array([[1], [0], [1], [0]]), 0.6)
+    array([0.7])
+    """
+    thresholds = np.full(scores.shape[1], np.nan)
+    for c, levels, hits, tagged in _levels(scores, targets):
+        enough = np.flatnonzero(hits / tagged >= precision)
+        thresholds[c] = levels[enough[-1]] if len(enough) else np.inf
+    return thresholds
+
+
+def f1_of(decided: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Computes each class's F1 score of decisions, bool `[clips, classes]`: float64 `[classes]`, NaN without a positive clip.
+
+    Example
+    -------
+    >>> f1_of(np.array([[True, False], [True, True]]), np.array([[1, 0], [0, 0]]))
+    array([0.6666..., nan])
+    """
+    positive = targets == 1
+    hits, positives = (decided & positive).sum(axis=0), positive.sum(axis=0)
+    return np.where(positives > 0, 2 * hits / np.maximum(decided.sum(axis=0) + positives, 1), np.nan)
+
+
+def _levels(scores: Any, targets: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each class with a positive clip: its scores, falling, each once; positives, and clips, with that score at least."""
+    scores, targets = _to_numpy(scores), _to_numpy(targets)
     for c in np.flatnonzero(targets.any(axis=0)):
         order = np.argsort(-scores[:, c])
         column, hits = scores[order, c], np.cumsum(targets[order, c])
         # where equal scores end: no threshold parts them
         last = np.append(np.flatnonzero(np.diff(column)), len(column) - 1)
-        f1 = 2 * hits[last] / (last + 1 + hits[-1])
-        thresholds[c], best[c] = column[last[np.argmax(f1)]], f1.max()
-    return thresholds, best
+        yield int(c), column[last], hits[last], last + 1
 
 
 def d_prime(auc: float | np.ndarray) -> float | np.ndarray:

@@ -14,6 +14,8 @@ from psla_sb.files import atomic_write, write_json
 HPARAMS, CLASSES = "hyperparams.yaml", "class_labels_indices.csv"
 # What the run is, see `psla_sb.experiment.identity`.
 IDENTITY = "identity.json"
+# The probabilities and thresholds of a run's weight average, or of a tagger's folder, see `psla_sb.labels.calibration`.
+CALIBRATION = "calibration.json"
 
 
 def snapshot_path(folder: str | Path, epoch: int) -> Path:

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, read_yaml, tags_of
 from psla_sb.checkpoints.psla import PUBLISHED_PADDING
 from psla_sb.checkpoints.published import PublishedModel, read_published
-from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
-from psla_sb.checkpoints.tagger_folder import label_encoder, write_tagger
+from psla_sb.checkpoints.run_folder import CALIBRATION, CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
+from psla_sb.checkpoints.tagger_folder import label_encoder, read_calibration, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
 from psla_sb.checkpoints.weights import load_into, load_weights, trained_modules
 from psla_sb.errors import InputError
+from psla_sb.labels.calibration import Calibration
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder
@@ -57,6 +58,11 @@ class Source(ABC):
     @abstractmethod
     def vocabulary(self) -> Vocabulary:
         """Its classes."""
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Probabilities and thresholds that were fitted to these weights; None if there are none."""
+        return None
 
     @cached_property
     def padding(self) -> Any:
@@ -100,7 +106,8 @@ class Source(ABC):
         hparams, weights = self._built(), flat(self.weights())
         refuse_nan(weights, self.path)
         load_into(trained_modules({name: hparams[name] for name in MODULES}), weights, self.path)
-        return {**hparams, "mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary)}
+        plain = {"mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary), "calibration": self.calibration}
+        return {**hparams, **plain}
 
     def export(self, folder: str | Path) -> None:
         """Writes the model as the folder of a tagger, which can be moved anywhere.
@@ -117,7 +124,7 @@ class Source(ABC):
         >>> sorted(file.name for file in (folder / "tagger").iterdir())
         ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
         """
-        write_tagger(folder, self.definitions, self.hparams(), self.vocabulary)
+        write_tagger(folder, self.definitions, self.hparams(), self.vocabulary, self.calibration)
 
     def _built(self) -> dict[str, Any]:
         hparams = build(self.definitions, self.path, self.trust)
@@ -154,11 +161,15 @@ class TaggerFolder(Source):
             raise InputError(f"{self.path}: label_encoder.ckpt has not as many names as hyperparams.yaml has mids")
         return Vocabulary([str(mid) for mid in mids], names)
 
+    @property
+    def calibration(self) -> Calibration | None:
+        return read_calibration(self.path, self.vocabulary)
+
     def weights(self) -> dict[str, dict[str, Tensor]]:
         return {name: load_weights(file) for name, file in module_files(self.path).items()}
 
     def files(self) -> list[Path]:
-        return sorted(file for file in self.path.iterdir() if file.is_file())
+        return sorted(file for file in self.path.iterdir() if file.is_file() and file.name != CALIBRATION)
 
 
 class Snapshot(Source):
@@ -186,6 +197,12 @@ class Snapshot(Source):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         return Vocabulary.from_csv(self.run / CLASSES)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        # it is fitted to the weight average, when the run is evaluated
+        is_average = self.path.resolve() == average_path(self.run).resolve()
+        return read_calibration(self.run, self.vocabulary) if is_average else None
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         state = load_weights(self.path)

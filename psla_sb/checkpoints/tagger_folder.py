@@ -9,18 +9,26 @@ import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
 
 from psla_sb.checkpoints.definitions import definitions_text, plain_definitions, tags_of
-from psla_sb.checkpoints.run_folder import HPARAMS
+from psla_sb.checkpoints.run_folder import CALIBRATION, HPARAMS
 from psla_sb.checkpoints.trust import untrusted
 from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
 from psla_sb.files import atomic_write, write_file
+from psla_sb.labels.calibration import Calibration
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
 
 
-def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Mapping[str, Any], vocabulary: Vocabulary) -> None:
+def write_tagger(
+    folder: str | Path,
+    definitions: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    calibration: Calibration | None = None,
+) -> None:
     """Writes `hyperparams.yaml`, `embedding_model.ckpt` and `classifier.ckpt` (safetensors) and `label_encoder.ckpt`.
 
-    A front end with weights gets files of its own. The folder holds no path: it can be moved.
+    A front end with weights gets files of its own; a calibration becomes `calibration.json`. The folder holds no path: it can be
+    moved.
 
     Arguments
     ---------
@@ -28,6 +36,8 @@ def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Ma
         `sample_rate` and the four modules as YAML nodes, with tags such as `!new:`.
     modules
         The modules that they define, trained.
+    calibration
+        Fitted to what these modules score.
 
     Example
     -------
@@ -53,11 +63,21 @@ def write_tagger(folder: str | Path, definitions: Mapping[str, Any], modules: Ma
     text.write("\npretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer\n    loadables:\n")
     text.write("".join(f"        {name}: !ref <{name}>\n" for name in (*trained, "label_encoder")))
     text.write("    custom_hooks:\n" + "".join(f"        {name}: !name:psla_sb.checkpoints.load_module\n" for name in trained))
+    # one that is there is of other weights
+    (Path(folder) / CALIBRATION).unlink(missing_ok=True)
     write_file(Path(folder) / HPARAMS, text.getvalue())
     for name, module in trained.items():
         write_tensors(state_of(module), Path(folder) / f"{name}.ckpt")
     with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:
         label_encoder(vocabulary).save(temporary)
+    if calibration is not None:
+        calibration.write(Path(folder) / CALIBRATION, vocabulary)
+
+
+def read_calibration(folder: str | Path, vocabulary: Vocabulary) -> Calibration | None:
+    """Reads the `calibration.json` of a tagger's or a run's folder, if there is one."""
+    path = Path(folder) / CALIBRATION
+    return Calibration.read(path, vocabulary) if path.is_file() else None
 
 
 def trust_options(folder: str | Path) -> str:

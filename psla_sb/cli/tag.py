@@ -22,10 +22,14 @@ EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger hour.mp3 --events --threshold 0.3 --plot hour.png
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
 
+Of a model with thresholds (calibration.json in its folder), "yes" stands beside a score that reaches its class's threshold.
+
 A sound that is longer than what the model hears at a time is heard in windows that overlap by half; see --pool.
 
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
 
+MARKS = {True: "yes", False: "-  "}  # of a decision, in a table
+LEAST = "the least score of a tag; of an event, by default its class's own threshold, or 0.5 where the model has none"
 Answer = tuple[str, list[dict], str | None]  # what a file is called, its rows, its error
 
 
@@ -36,13 +40,14 @@ def tag(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
-    parser.add_argument("--threshold", type=float, metavar="SCORE", help="the least score of a tag; of an event, by default 0.5")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help=LEAST)
     pool = "of a sound in several windows, a class's score is the windows' max, mean, or the first one's (default: %(default)s)"
     parser.add_argument("--pool", choices=["max", "mean", "first"], default="max", help=pool)
     parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
     along = parser.add_mutually_exclusive_group()
     along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
     along.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
+    along.add_argument("--decided", action="store_true", help="of the K best, only tags that reach their class's own threshold")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
     # what names a file is one, whatever it begins with
@@ -60,6 +65,8 @@ def tag(arguments: list[str] | None = None) -> None:
     if options.plot and not options.plot.lower().endswith(".png"):
         parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
     tagger = load_tagger(parser, options)
+    if options.decided and tagger.calibration is None:
+        parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
     with tempfile.TemporaryDirectory() as folder:
         files, missing = _files(options.files, Path(folder) / "stdin.wav")
         if options.plot and len(files) != 1:
@@ -112,28 +119,36 @@ def _answers(tagger: Any, files: dict[str, str], options: Namespace) -> Iterator
 
     if not (options.timeline or options.events or options.plot):
         for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold, pool=options.pool):
-            yield files[path], [one._asdict() for one in tags or ()], error and error.replace(path, files[path])
+            yield files[path], _rows(tags or (), options.decided), error and error.replace(path, files[path])
         return
+    own = None if tagger.calibration is None else tagger.calibration.threshold
     for path, name in files.items():
         try:
             timeline = tagger.tag_timeline(path)
             if options.plot:
                 draw(path, timeline, tagger.hparams.sample_rate, options.plot, name)
             if options.events:
-                found = events(timeline, options.threshold or 0.5)
+                found = events(timeline, options.threshold or (0.5 if own is None else own))
                 rows = [one._replace(start=round(one.start, 3), end=round(one.end, 3))._asdict() for one in found]
             elif options.timeline:
                 best = [c for c in top_classes(timeline, options.top_k) if timeline.scores[:, c].max() >= (options.threshold or 0)]
                 rows = [
                     {"time": round(time, 3), "label": timeline.labels[c], "mid": timeline.mids[c], "score": float(scores[c])}
+                    | ({} if own is None else {"decision": bool(scores[c] >= own[c])})
                     for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True)
                     for c in best
                 ]
             else:
-                rows = [one._asdict() for one in tagger.tag_file(path, options.top_k, options.threshold, options.pool)]
+                rows = _rows(tagger.tag_file(path, options.top_k, options.threshold, options.pool), options.decided)
             yield name, rows, None
         except (InputError, OSError) as error:
             yield name, [], str(error).replace(path, name)
+
+
+def _rows(tags: Iterable[Any], decided: bool) -> list[dict]:
+    """Tags as rows; what a model without thresholds does not know is not in them."""
+    rows = ({key: value for key, value in one._asdict().items() if value is not None} for one in tags)
+    return [row for row in rows if not decided or row["decision"]]
 
 
 def _print(answers: Iterable[Answer], form: str) -> int:
@@ -147,7 +162,8 @@ def _print(answers: Iterable[Answer], form: str) -> int:
             print(name)
             for row in rows:
                 numbers = [f"{value:9.2f} s" for key, value in row.items() if key in ("time", "start", "end")]
-                print("  ".join(["", *numbers, f"{row['score']:.3f}", row["label"]]))
+                mark = [MARKS[row["decision"]]] if "decision" in row else []
+                print("  ".join(["", *numbers, f"{row['score']:.3f}", *mark, row["label"]]))
         elif form == "json":
             all_rows[name] = rows
         elif form == "jsonl":

@@ -10,6 +10,7 @@ from speechbrain.utils.distributed import run_on_main
 from psla_sb.aggregation.averaging import average_weights
 from psla_sb.aggregation.scoring import score
 from psla_sb.checkpoints.run_folder import (
+    CALIBRATION,
     average_path,
     best_epoch,
     clips_path,
@@ -31,8 +32,9 @@ from psla_sb.errors import InputError
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
 from psla_sb.files import read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
+from psla_sb.labels.calibration import Calibration, expected_calibration_error, fit_calibration
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.metrics import FIGURES, METRICS, MeanScores, average_precision, best_f1, roc_auc, summarize, table_cells, table_heads
+from psla_sb.metrics import FIGURES, METRICS, MeanScores, average_precision, f1_of, roc_auc, summarize, table_cells, table_heads
 from psla_sb.prepare.annotations import official_counts
 
 MEANING = {
@@ -45,6 +47,15 @@ MEANING = {
     "ensemble_mAP": "mAP of the mean of the scores of all epochs so far",
     "n_classes_left_out": "classes without a positive clip, which are in none of the means",
     "clips": "that the evaluation is of: annotation, number, digest of the IDs; their labels, and those of the published set",
+    "calibration": "of the weight average: figures of its probabilities and decisions on the clips that the evaluation is of",
+    "fitted_on": "the set that slopes, biases and thresholds (calibration.json) were fitted on, and its number of clips",
+    "same_clips": "whether that is the set that the evaluation is of: F1 scores are then better than they will be on other clips",
+    "criterion": "what the thresholds were chosen by",
+    "n_classes_own": "classes with slope, bias and threshold of their own; those with few positive clips share theirs",
+    "ECE_before": "expected calibration error of the scores, in 15 bins of as many pairs of clip and class: 0 is best",
+    "ECE_after": "expected calibration error of the calibrated probabilities",
+    "macro_F1": "mean over the classes with a positive clip of the F1 score at the class's threshold",
+    "micro_F1": "F1 score at the thresholds, of all pairs of clip and class together",
     "evaluation": "figures on the test set, or on the validation set where there is no test set",
 }
 ROWS = {
@@ -58,12 +69,18 @@ ROWS = {
 
 
 def evaluate(
-    brain: TaggingBrain, dataset: TaggingDataset, name: str, vocabulary: Vocabulary, loader: Mapping[str, Any]
+    brain: TaggingBrain,
+    dataset: TaggingDataset,
+    name: str,
+    vocabulary: Vocabulary,
+    loader: Mapping[str, Any],
+    valid_set: TaggingDataset | None = None,
 ) -> dict[str, Any]:
     """Scores the last epochs, the best epoch, the weight average and the ensemble of all epochs; adds them to `results.json`.
 
-    `name` is "valid" if the data set is what every epoch was scored on, "test" if not. On AudioSet there is no validation set: the
-    evaluation clips are scored after every epoch, and those scores serve here. The modules get the averaged weights.
+    `name` is "valid" if the data set is what every epoch was scored on, "test" if not; then `valid_set` is what they were scored
+    on. On AudioSet there is no validation set: the evaluation clips are scored after every epoch, and those scores serve here. The
+    modules get the averaged weights, whose probabilities and thresholds are fitted on the validation set: `calibration.json`.
     """
     hparams, folder = brain.hparams, Path(brain.hparams.output_folder)
     results = run_on_main(read_results, [folder])
@@ -77,32 +94,58 @@ def evaluate(
 
     def write_average() -> None:
         load_into(trained_modules(hparams.modules), average_weights([snapshot_path(folder, number) for number in averaged]))
+        # what was fitted to another average must not stand beside this one
+        (folder / CALIBRATION).unlink(missing_ok=True)
         save_weights(trained_modules(hparams.modules), average_path(folder))
 
     run_on_main(write_average)
     wait_for(average_path(folder))
-    manifest = dataset.data
-    if brain.debug:
+
+    def clips_of(dataset: TaggingDataset) -> Manifest:
+        if not brain.debug:
+            return dataset.data
         # as many as validation has scored
         n_clips = len(np.load(prediction_path(folder, f"valid_epoch_{numbers[-1]:02d}"), mmap_mode="r"))
-        manifest = Manifest(manifest.table.slice(0, n_clips), manifest.data_root, manifest.source)
-    targets = manifest.targets(vocabulary)
-    members = {f"{name}_weight_average": in_memory(brain, average_path(folder))}
-    check = audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest))
+        return Manifest(dataset.data.table.slice(0, n_clips), dataset.data.data_root, dataset.data.source)
+
+    def scored(name: str, manifest: Manifest, check: Callable, also: Sequence[int]) -> np.ndarray:
+        """Scores a set with the weight average, whose scores are returned, and with some epochs."""
+        average = f"{name}_weight_average"
+        members = {average: in_memory(brain, average_path(folder))}
+        members |= {f"{name}_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in also}
+        scores = score(
+            members,
+            manifest,
+            vocabulary,
+            prediction_path(folder, name).parent,
+            loader["batch_size"],
+            loader["num_workers"],
+            {"device": str(brain.device), "precision": brain.eval_precision},
+            crop=getattr(hparams, "eval_crop", "first"),
+            check=check,
+        )
+        return scores[average]
+
+    def check_of(name: str, manifest: Manifest) -> Callable:
+        return audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest))
+
+    manifest = clips_of(dataset)
+    targets, check = manifest.targets(vocabulary), check_of(name, manifest)
     again = numbers if name == "test" else run_on_main(_stale, [brain, numbers, manifest, check])
-    members |= {f"{name}_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in again}
-    scores = score(
-        members,
-        manifest,
-        vocabulary,
-        prediction_path(folder, name).parent,
-        loader["batch_size"],
-        loader["num_workers"],
-        {"device": str(brain.device), "precision": brain.eval_precision},
-        crop=getattr(hparams, "eval_crop", "first"),
-        check=check,
-    )
-    return run_on_main(_report, [brain, results, name, manifest, vocabulary, averaged, targets, scores[f"{name}_weight_average"]])
+    average = scored(name, manifest, check, again)
+    held_out, held_out_targets = average, targets
+    if valid_set is not None:
+        clips = clips_of(valid_set)
+        held_out, held_out_targets = scored("valid", clips, check_of("valid", clips), ()), clips.targets(vocabulary)
+    fitted = run_on_main(_calibrate, [brain, vocabulary, held_out, held_out_targets])
+    return run_on_main(_report, [brain, results, name, manifest, vocabulary, averaged, targets, average, fitted])
+
+
+def _calibrate(brain: TaggingBrain, vocabulary: Vocabulary, scores: np.ndarray, targets: np.ndarray) -> Calibration:
+    """Fits the weight average's probabilities and thresholds to what it scores the validation set, and writes them."""
+    calibration = fit_calibration(np.asarray(scores), targets, getattr(brain.hparams, "target_precision", None))
+    calibration.write(Path(brain.hparams.output_folder) / CALIBRATION, vocabulary)
+    return calibration
 
 
 def _stale(brain: TaggingBrain, numbers: Sequence[int], manifest: Manifest, check: Callable) -> list[int]:
@@ -122,6 +165,7 @@ def _report(
     averaged: list[int],
     targets: np.ndarray,
     weight_average: np.ndarray,
+    calibration: Calibration,
 ) -> dict[str, Any]:
     """Computes the figures of what was scored, and writes them and the ensemble's scores."""
     folder, epochs = Path(brain.hparams.output_folder), results["epochs"]
@@ -160,18 +204,45 @@ def _report(
         "labels_official": None if official is None else int(official.sum()),
     }
     manifest.to_clips_csv(clips_path(folder, name))
-    write_class_figures(folder / "classes.csv", vocabulary, weight_average, targets, official)
+    f1 = f1_of(calibration.decisions(weight_average), targets)
+    results["calibration"] = calibration_figures(calibration, weight_average, targets, f1, same_clips=name == "valid")
+    write_class_figures(folder / "classes.csv", vocabulary, weight_average, targets, official, calibration.threshold, f1)
     write_scores(folder, f"{name}_ensemble", ensemble)
     write_results(folder, results)
     return results
 
 
+def calibration_figures(
+    calibration: Calibration, scores: np.ndarray, targets: np.ndarray, f1: np.ndarray, same_clips: bool
+) -> dict[str, Any]:
+    """Computes what `results.json` says of probabilities and decisions; `f1` is `[classes]`."""
+    decided, positive = calibration.decisions(scores), targets == 1
+    return {
+        "fitted_on": {"set": "valid", "clips": calibration.n_clips},
+        "same_clips": same_clips,
+        "criterion": calibration.criterion,
+        "target_precision": calibration.target_precision,
+        "n_classes_own": int(calibration.own.sum()),
+        "n_classes_never_decided": int(np.isinf(calibration.threshold).sum()),
+        "ECE_before": expected_calibration_error(scores, targets),
+        "ECE_after": expected_calibration_error(calibration.probabilities(scores), targets),
+        "macro_F1": float(f1[~np.isnan(f1)].mean()) if positive.any() else float("nan"),
+        "micro_F1": float(2 * (decided & positive).sum() / max(1, decided.sum() + positive.sum())),
+    }
+
+
 def write_class_figures(
-    path: Path, vocabulary: Vocabulary, scores: np.ndarray, targets: np.ndarray, official: np.ndarray | None
+    path: Path,
+    vocabulary: Vocabulary,
+    scores: np.ndarray,
+    targets: np.ndarray,
+    official: np.ndarray | None,
+    thresholds: np.ndarray,
+    f1: np.ndarray,
 ) -> None:
-    """Writes each class's AP, AUC, number of clips, and the threshold with the best F1 score, as CSV; undefined ones are empty."""
-    figures = [average_precision(scores, targets), roc_auc(scores, targets), *best_f1(scores, targets)]
-    columns = [["" if np.isnan(value) else value for value in values.tolist()] for values in figures]
+    """Writes each class's clips, AP, AUC, threshold and F1 score at it, as CSV; what is undefined or infinite is empty."""
+    figures = [average_precision(scores, targets), roc_auc(scores, targets), thresholds, f1]
+    columns = [[value if np.isfinite(value) else "" for value in values.tolist()] for values in figures]
     counts = targets.sum(axis=0).astype(int).tolist()
     known = [""] * len(vocabulary) if official is None else official.tolist()
     rows = zip(range(len(vocabulary)), vocabulary.mids, vocabulary.names, counts, known, *columns, strict=True)

@@ -26,6 +26,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import train
 from psla_sb.experiment.hparams import build_errors, resolve
+from psla_sb.experiment.report import write_report
 from psla_sb.files import write_file
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
@@ -201,6 +202,11 @@ def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions,
         vocabulary = Vocabulary.from_csv(settings["class_list"])
         targets = [Manifest.from_csv(path.parent / "test.csv", folder).targets(vocabulary) for path in found]
         run_on_main(write_folds, [settings["output_folder"], each, targets])
+        if settings.get("report", read_yaml(file).get("report")):
+            name = "test" if "test_annotation" in settings else "valid"
+            clips = {which: Manifest.from_csv(settings[f"{which}_annotation"], folder) for which in ("train", name)}
+            labels = clips["train"].label_sets(vocabulary)
+            run_on_main(write_report, [Path(settings["output_folder"]), name, clips[name], vocabulary, labels])
 
 
 def encoder_of(tagger: str | Path, trust: Sequence[str]) -> dict[str, Any]:

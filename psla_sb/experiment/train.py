@@ -18,7 +18,7 @@ from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import plain_definitions, read_definitions, read_yaml, without_pretrained
 from psla_sb.checkpoints.run_folder import CLASSES, HPARAMS, read_results, write_results
-from psla_sb.checkpoints.tagger_folder import write_tagger
+from psla_sb.checkpoints.tagger_folder import read_calibration, write_tagger
 from psla_sb.checkpoints.transfer import load_pretrained_tagger
 from psla_sb.checkpoints.weights import trained_modules
 from psla_sb.dataio.dataset import TaggingDataset, init_worker
@@ -31,6 +31,7 @@ from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings
 from psla_sb.files import put_back_on_error, wait_for, write_file
+from psla_sb.labels.calibration import check_target_precision
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import open_scores
 from psla_sb.labels.vocabulary import Vocabulary
@@ -55,8 +56,12 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
-    settings = read_settings(hparams_file, overrides, optional=("trust", "track", "compile_model", "report", "baseline"))
+    optional = ("trust", "track", "compile_model", "target_precision", "report", "baseline")
+    settings = read_settings(hparams_file, overrides, optional=optional)
     folder = Path(settings["output_folder"])
+    check_target_precision(settings["target_precision"], hparams_file)
+    if settings["report"] not in (None, True, False):
+        raise InputError(f"{hparams_file}: report must be True or False, not {settings['report']!r}")
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)
     building = copy.deepcopy(settings)
     if identity.has_checkpoint(settings):
@@ -132,11 +137,12 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     # what is scored is on disk at once: there is nothing more to save
     for signum in launch.STOP_SIGNALS:
         signal.signal(signum, launch.stop)
-    results = evaluate(brain, dataset, name, vocabulary, valid_loader)
+    results = evaluate(brain, dataset, name, vocabulary, valid_loader, valid_set if name == "test" else None)
     if hparams.get("baseline"):
         results = run_on_main(_add_baseline, [folder, hparams, {name: clips for name, (clips, _) in sets.items()}, vocabulary])
     if if_main_process():
-        write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary)
+        calibration = read_calibration(folder, vocabulary)
+        write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary, calibration)
         published, reason = hparams["published"], None
         if published:
             compared = {"train": train_set.data, name: dataset.data}
@@ -151,6 +157,10 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         from psla_sb.plots.training import write_pictures
 
         write_pictures(brain, dataset, name, vocabulary, train_labels)
+        if settings["report"]:
+            from psla_sb.experiment.report import write_report
+
+            logger.info("The report: %s", write_report(folder, name, dataset.data, vocabulary, train_labels))
         trackers.log_results(loggers, results["evaluation"], sorted((folder / "plots").glob("*.png")))
     return results
 

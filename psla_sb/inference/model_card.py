@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import read_results
 from psla_sb.checkpoints.sources import open_source
@@ -39,7 +41,7 @@ print(tagger.tag_file("sound.wav"))
 SpeechBrain's `EncoderClassifier.from_hparams(source="{folder}")` loads it too. Sounds are taken at {sample_rate} Hz, in mono.
 A sound of up to {window:.4g} s is one clip. A longer one is heard whole, in windows of that length that overlap by half, and a
 class's score is the highest of the windows'.
-{onnx}
+{decisions}{onnx}
 ## Figures
 
 {figures}
@@ -48,9 +50,14 @@ class's score is the highest of the windows'.
 
 {settings}
 """
+DECISIONS = """
+`calibration.json` says for each class from which score on it is taken for heard, by {criterion} on {n_clips} clips that were held
+out, and how a score becomes a probability; `psla-tag` and `tag_file` say both beside each score.{never}
+"""
 ONNX = """
 `model.onnx` takes `waveform`, float32 `[batch, samples]` at {sample_rate} Hz, and gives `probabilities`
-`[batch, classes]`; of a longer sound it takes one window. On noise of four lengths it was within {worst:.0e} of PyTorch.
+`[batch, classes]`; of a longer sound it takes one window. On noise of four lengths it was within {worst:.0e} of PyTorch. Its
+metadata have the labels{more}.
 """
 WEIGHTS = {"average": "weight_average", "best": "best", "last": "last"}
 
@@ -76,7 +83,8 @@ def export_model(
     if onnx:
         from psla_sb.inference.onnx_export import export_onnx
 
-        note = ONNX.format(sample_rate=rate, worst=max(export_onnx(tagger, folder / "model.onnx"), 1e-7))
+        more = ", thresholds and calibration" if tagger.calibration else ""
+        note = ONNX.format(sample_rate=rate, worst=max(export_onnx(tagger, folder / "model.onnx"), 1e-7), more=more)
     name, figures, settings = f"`{model.name}`", "They are not known here.", "They are not known here."
     if (model / "results.json").is_file():
         name = f"epoch {weights}" if str(weights).isdecimal() else f"`{weights}`"
@@ -90,11 +98,23 @@ def export_model(
         trust=trust_options(folder),
         sample_rate=rate,
         window=tagger.window / rate,
+        decisions=_decisions(tagger),
         onnx=note,
         figures=figures,
         settings=settings,
     )
     write_file(folder / "README.md", card)
+
+
+def _decisions(tagger: AudioTagger) -> str:
+    """What the card says of thresholds, of a tagger that has some."""
+    if (calibration := tagger.calibration) is None:
+        return ""
+    never = int(np.isinf(calibration.threshold).sum())
+    said = (
+        f" {never} of the {len(calibration.threshold)} classes are never taken for heard: no threshold would do." if never else ""
+    )
+    return DECISIONS.format(criterion=calibration.criterion, n_clips=calibration.n_clips, never=said)
 
 
 def figures_table(results: Mapping[str, Any], weights: str | int) -> str:

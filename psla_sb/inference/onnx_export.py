@@ -5,6 +5,8 @@ here it is one convolution.
 """
 
 import copy
+import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -157,15 +159,29 @@ def _sigmoid(graph: Any, x: Any) -> Any:
     return graph.op("Div", one, graph.op("Add", one, graph.op("Exp", graph.op("Neg", x))))
 
 
+def _add_metadata(onnx: Any, path: Path, tagger: AudioTagger) -> None:
+    """Adds what tells a user of the file what the outputs are, and when to take one for heard."""
+    said: dict[str, Any] = {"labels": tagger.labels}
+    if (calibration := tagger.calibration) is not None:
+        thresholds = [threshold if math.isfinite(threshold) else None for threshold in calibration.threshold.tolist()]
+        said |= {"thresholds": thresholds, "criterion": calibration.criterion}
+        said["calibration"] = {"slopes": calibration.slope.tolist(), "biases": calibration.bias.tolist()}
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in said.items()})
+    onnx.save(model, str(path))
+
+
 def export_onnx(tagger: AudioTagger, path: str | Path) -> float:
     """Writes a tagger on the CPU as an ONNX file, if onnxruntime gets the same probabilities from it as PyTorch, to 1e-4.
 
     The input is `waveform`, float32 `[batch, samples]` at the model's sample rate, the output `probabilities` `[batch, classes]`.
+    The file's metadata have, as JSON, the `labels`, and of a tagger that has them the `thresholds` on the output as it comes, one
+    per class (null: never), the `criterion` they were chosen by, and the `calibration`: slopes and biases of the output's log odds.
     Needs the packages `onnx` and `onnxruntime`: `pip install 'psla_sb[onnx]'`. Returns the largest difference that was found;
     InputError, if the packages are missing, a part has operations that ONNX has not, or the probabilities differ.
     """
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime
     except ImportError as error:
         raise InputError(f"ONNX export needs the packages onnx and onnxruntime: pip install 'psla_sb[onnx]' ({error})") from None
@@ -191,6 +207,7 @@ def export_onnx(tagger: AudioTagger, path: str | Path) -> float:
             finally:
                 torch.backends.mha.set_fastpath_enabled(fused)
                 torch.onnx.unregister_custom_op_symbolic("aten::sigmoid", OPSET)
+        _add_metadata(onnx, temporary, tagger)
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         worst = 0.0
         for batch, n_samples, level in ((1, 100, 0.1), (1, rate, 1e-4), (3, 2 * rate + 7, 0.1), (2, 12 * rate, 0.5)):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
 from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
+from psla_sb.checkpoints.tagger_folder import read_calibration
 from psla_sb.dataio.audio import Opened, centred, named, read_blocks, read_if_short
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.dataset import ShortClips, init_worker, shared_memory
@@ -22,6 +23,8 @@ from psla_sb.dataio.windows import batches, covering, joined, overlapped, window
 from psla_sb.errors import InputError
 from psla_sb.inference.encoder import SoundEncoder, taking
 from psla_sb.inference.timeline import Timeline, events
+from psla_sb.labels.calibration import Calibration
+from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.features import true_lengths
@@ -37,11 +40,17 @@ def check_pool(pool: str) -> None:
 
 
 class Tag(NamedTuple):
-    """A class that a sound was scored for; the score is in [0, 1]."""
+    """A class that a sound was scored for; the score is in [0, 1].
+
+    Of a tagger that has a `calibration` there are the `probability` that the sound has the class, and the `decision` that it has,
+    which is that the score reaches the class's threshold.
+    """
 
     label: str
     mid: str
     score: float
+    probability: float | None = None
+    decision: bool | None = None
 
 
 class FileTags(NamedTuple):
@@ -88,7 +97,9 @@ class AudioTagger(SoundEncoder):
         wrote it**. Load what you trust, pinned to a revision that you have read, with `speechbrain.utils.fetching`'s
         `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")`. Of folders, `from_folder` is the safe way.
         """
-        return super().from_hparams(source=str(source), savedir=savedir, **_on_device(device, kwargs))
+        tagger = super().from_hparams(source=str(source), savedir=savedir, **_on_device(device, kwargs))
+        tagger.hparams.calibration = read_calibration(source, Vocabulary(tagger.hparams.mids, tagger.labels))
+        return tagger
 
     @classmethod
     def from_source(cls, source: Source, device: str | None = None, **kwargs: Any) -> "AudioTagger":
@@ -145,6 +156,11 @@ class AudioTagger(SoundEncoder):
     def labels(self) -> list[str]:
         """Names the classes, in the order of the scores."""
         return [self.hparams.label_encoder.ind2lab[i] for i in range(len(self.hparams.mids))]
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Holds what turns scores into probabilities and decisions, `psla_sb.labels.calibration`; None if the model has nothing."""
+        return getattr(self.hparams, "calibration", None)
 
     def score_batch(self, wavs: Tensor, wav_lens: Tensor | None = None, pool: str = "max") -> Tensor:
         """Scores waveforms `[batch, samples]` or `[samples]`, of relative lengths `[batch]`: `[batch, classes]`, in [0, 1].
@@ -221,9 +237,13 @@ class AudioTagger(SoundEncoder):
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, not {top_k}")
-        best = scores.float().cpu().topk(min(top_k, len(scores)))
+        scores = scores.float().cpu()
+        best = scores.topk(min(top_k, len(scores)))
+        known = [[None] * len(scores)] * 2
+        if self.calibration is not None:
+            known = [of(scores.numpy()).tolist() for of in (self.calibration.probabilities, self.calibration.decisions)]
         return [
-            Tag(self.hparams.label_encoder.ind2lab[i], self.hparams.mids[i], score)
+            Tag(self.hparams.label_encoder.ind2lab[i], self.hparams.mids[i], score, known[0][i], known[1][i])
             for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             if threshold is None or score >= threshold
         ]

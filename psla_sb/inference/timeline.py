@@ -28,9 +28,10 @@ class Event(NamedTuple):
     score: float
 
 
-def events(timeline: Timeline, threshold: float = 0.5) -> list[Event]:
+def events(timeline: Timeline, threshold: float | np.ndarray = 0.5) -> list[Event]:
     """Finds the stretches in which a class scores at least `threshold`, in (0, 1], less their blurred edges; sorted by start.
 
+    It may be one threshold per class, `[classes]`, such as `tagger.calibration.threshold`; of an infinite one there are no events.
     A stretch begins where the scores reach half of its first peak, if that is above the threshold, and ends where they fall to half
     of its last. None is shorter than a step.
 
@@ -46,17 +47,20 @@ def events(timeline: Timeline, threshold: float = 0.5) -> list[Event]:
     #   half of it     /     \       / \      a peak ends where the scores fall below half of it, an event where they fall below
     #   threshold   o-/-------o--o--o---\-o   the threshold; its start and end are on the lines between two steps
     #                [                  ]
-    if not 0 < threshold <= 1:
+    if np.ndim(threshold) == 0 and not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], not {threshold}")
-    threshold = float(threshold)
+    if np.ndim(threshold) and (np.shape(threshold) != (len(timeline.labels),) or not np.all(np.asarray(threshold) >= 0)):
+        raise ValueError(f"thresholds must be {len(timeline.labels)} numbers from 0 on, one per class, not {threshold}")
     # one row a class, with a step of silence on either side, so that edges come in pairs: up, down
     scores = np.nan_to_num(np.pad(timeline.scores.T, ((0, 0), (1, 1))))
-    starts, stops = np.flatnonzero(np.diff((scores >= threshold).ravel())).reshape(-1, 2).T + 1
+    # in the scores' own precision; a score of 0 is no event
+    thresholds = np.maximum(np.broadcast_to(threshold, len(scores)), np.finfo(np.float32).tiny).astype(scores.dtype)
+    starts, stops = np.flatnonzero(np.diff((scores >= thresholds[:, None]).ravel())).reshape(-1, 2).T + 1
     classes, firsts = np.divmod(starts, scores.shape[1])
     found = []
     for c, first, last in np.transpose([classes, firsts, firsts + stops - starts - 1]).tolist():
         curve = scores[c, first - 1 : last + 2]
-        start, end = first - 1 + _rise(curve, threshold), last + 1 - _rise(curve[::-1], threshold)
+        start, end = first - 1 + _rise(curve, thresholds[c]), last + 1 - _rise(curve[::-1], thresholds[c])
         # what is heard in the first step or the last begins or ends with the recording; a single step is an event, all of it
         if first in (1, last):
             start = min(start, first - 0.5)

@@ -12,8 +12,10 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.experiment import aggregate, enhance_labels, train
 from psla_sb.experiment import hparams as hparams_module
 from psla_sb.experiment.hparams import load_hparams
+from psla_sb.inference.tagger import AudioTagger
+from psla_sb.labels.calibration import Calibration, expected_calibration_error, fit_calibration
 from psla_sb.labels.vocabulary import Vocabulary
-from psla_sb.metrics import summarize
+from psla_sb.metrics import f1_of, summarize
 from runs import REPOSITORY, TINY, command, run
 
 RECIPE = REPOSITORY / "recipes" / "FSD50K"
@@ -52,6 +54,23 @@ def test_epochs_are_of_the_validation_set_and_the_evaluation_of_the_eval_set(fin
     assert evaluation["weight_average"]["mAP"] == summarize(scores("test_weight_average"), targets["eval"])["mAP"]
     mean = (scores("test_epoch_01").astype(float) + scores("test_epoch_02")) / 2
     assert evaluation["ensemble"]["mAP"] == pytest.approx(summarize(mean, targets["eval"])["mAP"], abs=1e-12)
+
+
+def test_thresholds_are_fitted_on_the_validation_set_and_reported_on_the_eval_set(finished):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    vocabulary = Vocabulary.from_csv(folder / "class_labels_indices.csv")
+    valid, test = (Manifest.from_csv(folder / f"{name}.csv").targets(vocabulary) for name in ("valid", "eval"))
+    scores = {name: np.load(folder / "predictions" / f"{name}_weight_average.npy") for name in ("valid", "test")}
+    expected, found = fit_calibration(scores["valid"], valid), Calibration.read(folder / "calibration.json", vocabulary)
+    np.testing.assert_array_equal(found.threshold, expected.threshold)
+    np.testing.assert_array_equal(found.slope, expected.slope)
+    said = results["calibration"]
+    assert not said["same_clips"]
+    assert said["fitted_on"] == {"set": "valid", "clips": SIZE["n_valid"]}
+    assert said["macro_F1"] == pytest.approx(np.nanmean(f1_of(found.decisions(scores["test"]), test)))
+    assert said["ECE_before"] == expected_calibration_error(scores["test"], test)
+    assert AudioTagger.from_folder(folder / "tagger").calibration.n_clips == SIZE["n_valid"]
 
 
 def test_names_of_classes_are_for_people(finished):

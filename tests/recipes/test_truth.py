@@ -73,7 +73,7 @@ def test_classes_and_clips_of_the_evaluation(tiny_run, mini_data):
         if targets[:, c].any():
             assert float(row["AP"]) == pytest.approx(average_precision_score(targets[:, c], scores[:, c]))
         else:
-            assert row["AP"] == row["threshold"] == ""
+            assert row["AP"] == row["F1"] == ""
     with open(folder / "predictions" / "valid_clips.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["ID"] for row in rows] == clips.table["ID"].to_pylist()
