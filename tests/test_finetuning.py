@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from psla_sb.experiment.brain import binary_cross_entropy, cross_entropy
-from psla_sb.experiment.finetuning import parameter_groups
+from psla_sb.experiment.brain import binary_cross_entropy
+from psla_sb.experiment.finetuning import cross_entropy, parameter_groups
 from psla_sb.experiment.schedules import CosineScheduler
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder

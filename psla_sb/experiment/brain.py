@@ -66,22 +66,6 @@ def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
     return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
 
 
-def cross_entropy(probabilities: Tensor, targets: Tensor, activation: str = "sigmoid") -> Tensor:
-    """The loss that belongs to a head's activation: "sigmoid", any number of labels, or "softmax", one label for each clip.
-
-    The first is `binary_cross_entropy`. The second is the mean over clips of -sum(t log p), with targets t divided by their sum: a
-    mixture of two clips has two labels.
-
-    Example
-    -------
-    >>> cross_entropy(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[1.0, 0.0, 0.0]]), "softmax")
-    tensor(0.6931)
-    """
-    if activation == "sigmoid":
-        return binary_cross_entropy(probabilities, targets)
-    return -(targets / targets.sum(1, keepdim=True).clamp(min=EPSILON) * probabilities.log()).sum(1).mean()
-
-
 class TaggingBrain(DeviceBrain):
     """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
 
@@ -299,7 +283,11 @@ class TaggingBrain(DeviceBrain):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
         # what a killed run wrote of an epoch that it did not finish is written again
-        results, n_epochs = read_results(self.hparams.output_folder), self.hparams.epoch_counter.current
+        counter = self.hparams.epoch_counter
+        if isinstance(counter, EpochCounterWithStopper):
+            # the patience may be another one now
+            counter.should_stop = counter.current - counter.best_limit >= counter.limit_to_stop
+        results, n_epochs = read_results(self.hparams.output_folder), counter.current
         self.epochs = results.get("epochs", [])[:n_epochs]
         self.timing = [timing for timing in results.get("timing", []) if timing["epoch"] <= n_epochs]
         go_on(as_list(self.hparams.train_logger), n_epochs)

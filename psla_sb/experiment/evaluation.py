@@ -89,7 +89,7 @@ def evaluate(
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
     # a negative number counts from the end, which an early one may be
-    first = hparams.average_start if hparams.average_start > 0 else numbers[-1] + 1 + hparams.average_start
+    first = hparams.average_start if hparams.average_start >= 0 else numbers[-1] + 1 + hparams.average_start
     averaged = [number for number in numbers if number >= first] or numbers[-1:]
 
     def write_average() -> None:

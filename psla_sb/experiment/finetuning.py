@@ -3,14 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from speechbrain.utils.logger import get_logger
-from torch import nn
+from torch import Tensor, nn
 
 from psla_sb.errors import InputError
-from psla_sb.experiment.brain import TaggingBrain
+from psla_sb.experiment.brain import EPSILON, TaggingBrain, binary_cross_entropy
 from psla_sb.experiment.schedules import CosineScheduler
-
-logger = get_logger(__name__)
 
 
 def parameter_groups(modules: Mapping[str, nn.Module], layer_decay: float) -> list[dict[str, Any]]:
@@ -35,6 +32,23 @@ def parameter_groups(modules: Mapping[str, nn.Module], layer_decay: float) -> li
         depth = 1 - i / max(1, len(layers) - 1)
         groups.append({"params": layer, "lr_scale": layer_decay**depth, "after_head": True})
     return groups
+
+
+def cross_entropy(probabilities: Tensor, targets: Tensor, activation: str = "sigmoid") -> Tensor:
+    """The loss that belongs to a head's activation: "sigmoid", any number of labels, or "softmax", one label for each clip.
+
+    The first is `binary_cross_entropy`. The second is the mean over clips of -sum(t log p), with targets t divided by their sum: a
+    mixture of two clips has two labels.
+
+    Example
+    -------
+    >>> import torch
+    >>> cross_entropy(torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[1.0, 0.0, 0.0]]), "softmax")
+    tensor(0.6931)
+    """
+    if activation == "sigmoid":
+        return binary_cross_entropy(probabilities, targets)
+    return -(targets / targets.sum(1, keepdim=True).clamp(min=EPSILON) * probabilities.log()).sum(1).mean()
 
 
 class FineTuningBrain(TaggingBrain):

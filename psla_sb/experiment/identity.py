@@ -42,7 +42,7 @@ MAY_CHANGE = {
     *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips", "teacher_scores"),
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
     *("num_workers", "valid_batch_size", "compile_model"),
-    *("number_of_epochs", "epoch_counter", "average_start", "published", "published_with"),
+    *("number_of_epochs", "epoch_counter", "patience", "average_start", "published", "published_with"),
     *("target_precision", "report", "baseline"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),

@@ -81,7 +81,7 @@ def test_from_a_folder_to_tags(tmp_path, source, single, options):
     assert known["single_label"] == single
     assert known["n_classes"] == 3
     assert sum(known["clips"].values()) == (48 if source is label_tracks else 42)
-    has_starts = (data / "train.csv").read_text().splitlines()[0].replace('"', "") == "ID,wav,start,duration,labels"
+    has_starts = "start" in (data / "train.csv").read_text().splitlines()[0]
     assert has_starts == (source is label_tracks)
 
     fitted = command(tmp_path, "fit", data, *(f"--{key}={value}" for key, value in SMALL.items()))
