@@ -78,7 +78,7 @@ def prepare(arguments: list[str] | None = None) -> None:
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("Stopped; nothing was written. The same command begins anew.")
+        sys.exit("Stopped. The same command begins anew.")
     sets = ", ".join(f"{n:,} {name}" for name, n in report["clips"].items() if n)
     lengths, left_out = report["durations"], report["left_out_reasons"]
     print("\n".join(report["said"]))
