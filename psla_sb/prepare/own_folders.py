@@ -159,7 +159,7 @@ def clips_of_folders(files: Files, nested: str = "last") -> Found:
             continue
         clips.append(Clip(path, tuple(names if nested == "all" else names[-1:]), split=split.get(sound, "")))
     tables = [name for name in files.others if name.lower().endswith(TABLE_ENDINGS)]
-    hint = f"; if {files.folder / tables[0]} says the classes: psla-prepare {files.folder / tables[0]}" if tables else ""
+    hint = f"; or name the table that says the classes, such as {files.folder / tables[0]}" if tables else ""
     classes = Counter(label for clip in clips for label in clip.labels)
     if len(classes) < 2:
         known = f"all sounds are of one class, '{next(iter(classes))}'" if classes else "the sounds are in no folders of classes"
