@@ -66,7 +66,8 @@ def test_what_is_printed(prepared, sounds):
     lines = said.splitlines()
     assert lines[0] == "a folder for each of 3 classes"
     assert lines[1] == "files that are no sounds, and are not used: 1 (.doc 1)"
-    assert re.fullmatch(r"\d+ train, \d+ valid, \d+ test clips, 3 classes, 0\.00 hours", lines[3])
+    assert lines[2] == "split anew; groups of clips that stay together: 30"
+    assert re.fullmatch(r"\d+ train, \d+ valid, \d+ test clips, 3 classes, 0\.00 hours", lines[4])
     assert "look: pairs of clips that are the same but have different labels: 1. The first: " in said
     assert "look: classes with fewer than 10 clips to train on: " in said
     assert f"left out: 1 cannot be decoded, or its row is wrong, 1 silent; {out}/left_out.csv lists them" in said
@@ -259,7 +260,7 @@ def with_table(root):
 
 BAD = {
     "one class": (lambda root: write_folders(root, ["dog"]), [], "all sounds are of one class, 'dog'; put the clips of each class"),
-    "a table beside": (with_table, [], r"; if .*clips\.csv says the classes: psla-prepare .*clips\.csv"),
+    "a table beside": (with_table, [], r"; or name the table that says the classes, such as .*/in/clips\.csv"),
     "one clip a class": (
         lambda root: write_folders(root, "abcdef", n_clips=1),
         [],

@@ -81,6 +81,18 @@ def test_a_class_called_test_is_none_of_splits(tmp_path):
     assert clips["train/a.wav"] == (("train",), "")
 
 
+def test_folders_of_splits_with_others_beside_them(tmp_path):
+    _, found = found_in(touch(tmp_path, "train/dog/a.wav", "test/cat/b.wav", "extra/dog/c.wav"))
+    assert {clip.split for clip in found.clips} == {""}
+    assert "folders test, train are not taken for splits, as there are others beside them: extra" in found.said
+
+
+def test_a_sound_beside_folders_of_splits(tmp_path):
+    clips, found = found_in(touch(tmp_path, "train/dog/a.wav", "train/cat/b.wav", "test/cat/b.wav", "stray.wav"))
+    assert {split for _, split in clips.values()} == {"train", "test"}
+    assert found.left_out == [(str(tmp_path / "stray.wav"), "in no folder of a class")]
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path):
     touch(tmp_path / "elsewhere", "cat/b.wav")
     root = touch(tmp_path / "root", "dog/a.wav")

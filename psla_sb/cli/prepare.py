@@ -57,7 +57,7 @@ def prepare(arguments: list[str] | None = None) -> None:
     splits.add_argument("--folds", type=int, default=0, metavar="K", help="also write fold_1 to fold_K, for cross-validation")
     splits.add_argument("--group-pattern", metavar="REGEX", help="group files by this part of their names")
     splits.add_argument("--min-clips", type=int, default=1, metavar="N", help="leave out classes with fewer clips")
-    splits.add_argument("--seed", type=int, default=0, help="of the splits (default: %(default)s)")
+    splits.add_argument("--seed", type=int, default=0, metavar="N", help="of the splits (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace what was prepared in the folder from another source")
     options = parser.parse_args(arguments)
     if not (options.valid > 0 and options.test >= 0 and options.valid + options.test < 1):
@@ -78,7 +78,7 @@ def prepare(arguments: list[str] | None = None) -> None:
     except (InputError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("Stopped; nothing was written. The same command begins anew.")
+        sys.exit("Stopped. The same command begins anew.")
     sets = ", ".join(f"{n:,} {name}" for name, n in report["clips"].items() if n)
     lengths, left_out = report["durations"], report["left_out_reasons"]
     print("\n".join(report["said"]))

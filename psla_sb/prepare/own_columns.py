@@ -125,8 +125,9 @@ def _said(table: Table, columns: Mapping[str, str], classes: Sequence[str], sepa
     parts += [f"{role}: `{columns[role]}`" for role in ROLES if role in columns and role not in ("file", "label")]
     unused = [role for role in ("split", "fold", "group") if role not in columns]
     parts += [f"no {' and no '.join(unused)}"] if unused else []
-    named = {"\t": "tabs"}.get(table.delimiter, table.delimiter)
-    return [f"{', '.join(parts)}; override with --file-column NAME and so on", f"{len(table.rows)} rows, {table.encoding}, {named}"]
+    named = {"\t": "tabs", ",": "commas"}.get(table.delimiter, table.delimiter)
+    read = f"rows: {len(table.rows)}, in {table.encoding}, columns between {named}"
+    return [f"{', '.join(parts)}; override with --file-column NAME and so on", read]
 
 
 def _named(table: Table, role: str, name: str) -> str:

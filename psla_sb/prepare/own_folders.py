@@ -150,7 +150,7 @@ def clips_of_folders(files: Files, nested: str = "last") -> Found:
     clips, left_out = [], []
     for sound in files.sounds:
         folders = list(PurePath(sound).parts[:-1])
-        if split:
+        if split and folders:
             folders.pop(position)
         names = [name for name in map(clean_label, folders) if name]
         path = os.path.abspath(files.folder / sound)
@@ -159,7 +159,7 @@ def clips_of_folders(files: Files, nested: str = "last") -> Found:
             continue
         clips.append(Clip(path, tuple(names if nested == "all" else names[-1:]), split=split.get(sound, "")))
     tables = [name for name in files.others if name.lower().endswith(TABLE_ENDINGS)]
-    hint = f"; if {files.folder / tables[0]} says the classes: psla-prepare {files.folder / tables[0]}" if tables else ""
+    hint = f"; or name the table that says the classes, such as {files.folder / tables[0]}" if tables else ""
     classes = Counter(label for clip in clips for label in clip.labels)
     if len(classes) < 2:
         known = f"all sounds are of one class, '{next(iter(classes))}'" if classes else "the sounds are in no folders of classes"
@@ -167,17 +167,27 @@ def clips_of_folders(files: Files, nested: str = "last") -> Found:
     said = f"a folder for each of {len(classes)} classes" + (f", in {', '.join(sorted(set(split.values())))}" if split else "")
     if any(len(PurePath(sound).parts) > 2 + bool(split) for sound in files.sounds):
         said += "; all folders above are labels too" if nested == "all" else "; the last one is the class (or --nested all)"
-    return Found(clips, [said, *files.ignored()], left_out)
+    return Found(clips, [said, *([] if split else _no_splits(files.sounds)), *files.ignored()], left_out)
 
 
 def _splits(sounds: Sequence[str]) -> tuple[int, dict[str, str]]:
     """Finds the split of each sound, if all first folders (0), or else all last ones (-1), are names of splits; or else nothing."""
-    parents = [PurePath(sound).parts[:-1] for sound in sounds]
+    parents = {sound: parts for sound in sounds if (parts := PurePath(sound).parts[:-1])}
     for position in (0, -1):
-        names = [parts[position] if parts else "" for parts in parents]
-        if known := splits_of(set(names)):
-            return position, {sound: known[name] for sound, name in zip(sounds, names, strict=True)}
+        if known := splits_of({parts[position] for parts in parents.values()}):
+            return position, {sound: known[parts[position]] for sound, parts in parents.items()}
     return 0, {}
+
+
+def _no_splits(sounds: Sequence[str]) -> list[str]:
+    """Says that folders that are called like splits are none, because there are others beside them."""
+    first = {PurePath(sound).parts[0] for sound in sounds if len(PurePath(sound).parts) > 2}
+    named = sorted(name for name in first if splits_of({"train", name}))
+    if len(named) < 2:
+        return []
+    return [
+        f"folders {', '.join(named)} are not taken for splits, as there are others beside them: {sorted(first - set(named))[0]}"
+    ]
 
 
 def group_by_pattern(clips: Sequence[Clip], pattern: str) -> list[Clip]:

@@ -194,7 +194,17 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
 
 def _reason(reason: str) -> str:
     """Takes what tells one damaged file from another out of a reason, so that reasons can be counted."""
-    known = ("no such file", "silent", "shorter than", "no label", "in no folder", "begins after", "its classes", "the file's name")
+    known = (
+        "no such file",
+        "several files",
+        "silent",
+        "shorter than",
+        "no label",
+        "in no folder",
+        "begins after",
+        "its classes",
+        "the file's name",
+    )
     return reason if reason.startswith(known) else "cannot be decoded, or its row is wrong"
 
 

@@ -222,6 +222,8 @@ def parts_of(
         parts[rows] = np.array([0, *shares])[cut]
         if said:
             said.append(f"no {' and no '.join(SPLITS[part] for part in shares)} set is there; it is cut from the training clips")
+        else:
+            said.append(f"split anew; groups of clips that stay together: {n_groups}")
     for part in (0, 1, *([2] if settings.test else [])):
         if not (parts == part).any():
             what = ("training", "validation", "test")[part]
