@@ -180,6 +180,7 @@ def _thresholds(report: Report) -> str:
         " Expected calibration error (how far they are off; 0 is best): ",
         f"{number(said['ECE_before'], '.4f')} of the scores, {number(said['ECE_after'], '.4f')} of the probabilities.",
         " They were fitted on these very clips." if report["same_clips"] else "",
+        " Here calibration has not helped: it takes more validation clips." if said["ECE_after"] > said["ECE_before"] else "",
         " The tagger's folder has both (<code>calibration.json</code>), and <code>psla-tag</code> says them beside each score.",
     ]
     return f"<p>{''.join(told)}</p>"
