@@ -24,6 +24,8 @@ def reliability_diagram(bins: Rows, errors: Mapping[str, float], path: str | Pat
     `bins` are rows of `reliability.csv`.
     """
     names = {"score": "score, before", "probability": "probability, after calibration"}
+    # of many classes nearly all scores are near 0
+    logarithmic = float(np.median(_columns(bins, "score", "as many pairs each")[0])) < 0.05
     with page(path, 3.6, layout="constrained") as figure:
         panels = figure.subplot_mosaic([["wide", "many"], ["count", "many"]], height_ratios=[3, 1])
         wide, count, many = panels["wide"], panels["count"], panels["many"]
@@ -32,12 +34,16 @@ def reliability_diagram(bins: Rows, errors: Mapping[str, float], path: str | Pat
             wide.plot(mean, share, "o-", clip_on=False, color=colour, label=f"{names[of]} (ECE {errors[of]:.4f})")
             count.bar((np.floor(mean * 10).clip(0, 9) + 0.5) / 10 + shift, pairs, 0.032, color=colour, log=True)
             mean, share, _ = _columns(bins, of, "as many pairs each")
-            shown = (mean > 0) & (share > 0)
-            many.loglog(mean[shown], share[shown], "o-", color=colour)
+            shown = (mean > 0) & (share > 0) if logarithmic else share >= 0
+            many.plot(mean[shown], share[shown], "o-", clip_on=False, color=colour)
         wide.set(xlim=(0, 1), ylim=(0, 1), ylabel="share of clips with the class")
         wide.tick_params(labelbottom=False)
         count.set(xlim=(0, 1), xlabel="score, or probability (10 bins as wide each)", ylabel="pairs")
         many.set(xlabel="the same, in 15 bins of as many pairs each", ylabel="share of clips with the class")
+        if logarithmic:
+            many.set(xscale="log", yscale="log")
+        else:
+            many.set(xlim=(0, 1), ylim=(0, 1))
         # powers of ten would be formulas
         for axis, form in ((many.xaxis, "{x:g}"), (many.yaxis, "{x:g}"), (count.yaxis, EngFormatter(sep=""))):
             axis.set_major_formatter(form)
@@ -96,7 +102,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], path: str | Path
     shares = np.where(totals > 0, matrix / np.maximum(totals, 1), np.nan)
     # with room for names below
     height = min(4.6, 1.2 + 0.3 * n_classes) + 1.4
-    with page(path, height, layout="constrained") as figure:
+    with page(path, height, layout="compressed") as figure:
         axes = figure.subplots()
         drawn = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.grid(visible=False)

@@ -160,7 +160,7 @@ def _classes(report: Report) -> str:
     if unheard := [row["name"] for row in report["classes"] if _as_good_as_always(row, report["n_clips"])]:
         more = f", and {len(unheard) - MOST_UNHEARD} more" if len(unheard) > MOST_UNHEARD else ""
         names = text("; ".join(unheard[:MOST_UNHEARD]) + more)
-        notes.append(f"Deciding these classes for every clip would be as good (F1) as what the tagger decides: {names}.")
+        notes.append(f"F1 is hardly above what deciding the class for every clip would give: {names}.")
     return table(heads, rows, by_click=True) + "".join(f'<p class="small">{note}</p>' for note in notes)
 
 
