@@ -5,6 +5,7 @@ and Kalker, "A highly robust audio fingerprinting system", ISMIR 2002). Noises t
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,9 @@ EDGES = np.geomspace(300, 3500, 34)
 SECONDS = 30.0
 # A frame is compared if it is not quieter than the loudest one by this factor of energy, nor than the rounding of 16 bits.
 QUIET, FLOOR = 1e-5, 1e-4
+# A bit is compared if its difference is larger than this share of the energy of all bands: in sounds that were made without noise,
+# others are of rounding, and of the windows' edges.
+SURE = 3e-6
 # Frames are found by three quarters of their bits, of which mostly some few frames' are right after compression.
 KEY_BITS = np.uint32(0x77777777)
 # Equal bits are looked for among so many neighbours in the order of bits: what is everywhere need not be compared with all.
@@ -26,15 +30,17 @@ NEIGHBOURS = 16
 FRAMES_AT_ONCE, MOST_KEYS, MOST_PAIRS = 4_000_000, 20_000_000, 200_000
 # Bits that may differ, where half of them do in unrelated sounds; and which part of the shorter clip must be there in both.
 MOST_WRONG, LEAST_OVERLAP = 0.35, 0.5
-LEAST_FRAMES, CHANCE = 8, 1.7
+LEAST_FRAMES = 8
+# Of few frames, many bits are equal by chance, and more in sounds that have the same course, such as two sirens, unless few differ.
+CHANCE, COURSE, CERTAIN = 1.7, 3.3, 0.12
 ONES = np.array([value.bit_count() for value in range(2**16)], np.uint8)
 
 
 class Fingerprint(NamedTuple):
-    """Holds the bits of each frame, uint32 `[frames]`, and which frames are loud enough to be compared."""
+    """Holds the bits of each frame, uint32 `[frames]`, and ones for the bits that can be compared, in the same form."""
 
     bits: np.ndarray
-    active: np.ndarray
+    sure: np.ndarray
 
 
 def _band_matrix() -> np.ndarray:
@@ -57,9 +63,18 @@ def fingerprint(wave: np.ndarray, sample_rate: int) -> Fingerprint:
     energies = (spectra.real**2 + spectra.imag**2) @ BANDS
     total = energies.sum(axis=1)
     loud = total > max(QUIET * total.max(), FLOOR)
-    differences = np.diff(np.diff(energies, axis=1), axis=0) > 0
-    bits = np.packbits(differences, axis=1).view(np.uint32)[:, 0]
-    return Fingerprint(bits, loud[1:] & loud[:-1])
+    differences = np.diff(np.diff(energies, axis=1), axis=0)
+    sure = (np.abs(differences) > SURE * np.maximum(total[1:], total[:-1])[:, None]) & (loud[1:] & loud[:-1])[:, None]
+    return Fingerprint(_packed(differences > 0), _packed(sure))
+
+
+def _packed(bits: np.ndarray) -> np.ndarray:
+    """Packs 32 bits of each frame into a number."""
+    return np.packbits(bits, axis=1).view(np.uint32)[:, 0]
+
+
+def _n_ones(numbers: np.ndarray) -> int:
+    return int(ONES[numbers.view(np.uint16)].sum(dtype=np.int64))
 
 
 def alike(prints: Sequence[Fingerprint], recordings: np.ndarray | None = None) -> list[tuple[int, int, float]]:
@@ -77,7 +92,7 @@ def alike(prints: Sequence[Fingerprint], recordings: np.ndarray | None = None) -
 
 def _candidates(prints: Sequence[Fingerprint], recordings: np.ndarray | None) -> Iterator[tuple[int, int, int]]:
     """Yields pairs of sounds in which the same bits occur, and how many frames later they do in the second one."""
-    active = [np.flatnonzero(one.active) for one in prints]
+    active = [np.flatnonzero(one.sure) for one in prints]
     lengths = np.array([len(frames) for frames in active], int)
     if not lengths.sum():
         return
@@ -120,11 +135,19 @@ def _distance(one: Fingerprint, other: Fingerprint, offset: int) -> float:
     first, last = max(0, -offset), min(len(one.bits), len(other.bits) - offset)
     if last - first < LEAST_FRAMES:
         return 1.0
-    both = one.active[first:last] & other.active[first + offset : last + offset]
-    n_active = np.count_nonzero(both)
-    if n_active < max(LEAST_FRAMES, LEAST_OVERLAP * min(one.active.sum(), other.active.sum())):
+    both = one.sure[first:last] & other.sure[first + offset : last + offset]
+    # in frames of 32 bits
+    n_frames = _n_ones(both) / 32
+    if n_frames < max(LEAST_FRAMES, LEAST_OVERLAP * min(_n_ones(one.sure), _n_ones(other.sure)) / 32):
         return 1.0
-    different = (one.bits[first:last] ^ other.bits[first + offset : last + offset])[both]
-    wrong = float(ONES[different.view(np.uint16)].sum() / (32 * n_active))
-    # of few frames, more than a few bits may be equal by chance
-    return wrong if wrong <= 0.5 - max(0.5 - MOST_WRONG, CHANCE / np.sqrt(n_active)) else 1.0
+    wrong = _n_ones((one.bits[first:last] ^ other.bits[first + offset : last + offset]) & both) / 32 / n_frames
+    return wrong if wrong <= most_wrong(n_frames) else 1.0
+
+
+def most_wrong(n_frames: float) -> float:
+    """The share of bits that may differ between the same sounds, of so many frames: more bits are equal by chance in short ones.
+
+    >>> [round(most_wrong(n_frames), 2) for n_frames in (9, 30, 125, 312)]
+    [-0.07, 0.12, 0.2, 0.31]
+    """
+    return min(MOST_WRONG, max(0.5 - COURSE / math.sqrt(n_frames), min(CERTAIN, 0.5 - CHANCE / math.sqrt(n_frames))))
