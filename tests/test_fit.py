@@ -194,7 +194,7 @@ def test_same_command_goes_on_and_other_settings_are_refused(fitted):
     assert len(unchanged) == 2
     refused = psla_fit(folder.parent, folder, number_of_epochs=2, layer_decay=0.1, check=False)
     assert refused.returncode == 2
-    assert "layer_decay was 0.5, is 0.1" in refused.stderr
+    assert "layer_decay was 0.8, is 0.1" in refused.stderr
 
 
 def test_ends_early_when_nothing_gets_better(tmp_path):

@@ -119,6 +119,7 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
     counts = targets["train"].sum(axis=0)
     choices = [
         *(Choice(f"{name}_annotation", str(folder / f"{name}.csv"), f"{len(clips)} clips") for name, clips in data.clips.items()),
+        Choice("data_folder", str(folder), ""),
         Choice("class_list", str(folder / CLASSES), ""),
         Choice("n_classes", n_classes, f"{int(counts.min())} to {int(counts.max())} clips of each to learn from"),
         Choice("output_folder", str(folder / "run"), ""),
