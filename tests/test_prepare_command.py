@@ -283,6 +283,7 @@ BAD = {
     "nothing": (lambda root: root, [], "no such folder or file"),
     "no sounds": (lambda root: (root.mkdir(), (root / "a.txt").touch(), root)[-1], [], "no sound files in it or below"),
     "options of tables": (lambda root: write_folders(root, ["a", "b"]), ["--label-column", "x"], "is a folder; columns"),
+    "options of folders": (lambda root: with_table(root) / "clips.csv", ["--nested", "all"], "--nested is for folders"),
     "many folds": (
         lambda root: write_folders(root, ["a", "b"], n_clips=3),
         ["--folds", 9],

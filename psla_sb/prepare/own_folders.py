@@ -57,6 +57,8 @@ def clips_of(
     """
     source = Path(source)
     if source.is_file():
+        if nested != "last":
+            raise InputError(f"{source}: is a table, whose columns say the classes; --nested is for folders")
         return clips_of_table(read_table(source), columns, separator, audio, out)
     if not source.is_dir():
         raise InputError(f"{source}: no such folder or file")
