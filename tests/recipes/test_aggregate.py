@@ -308,8 +308,9 @@ def test_a_separate_test_set_is_scored_in_one_pass(mini_data, tiny_run, tmp_path
     torch.set_num_threads(1)
     train.main(str(TRAIN), [str(part) for part in command(TRAIN, "hparams/mini.yaml", "--device=cpu", **settings)[2:]])
     torch.set_num_threads(before)
-    assert calls == [["test_weight_average", "test_epoch_01", "test_epoch_02"]]
-    assert len(decoded) == 20
+    # and the validation clips once more, with the average, on which thresholds are fitted
+    assert calls == [["test_weight_average", "test_epoch_01", "test_epoch_02"], ["valid_weight_average"]]
+    assert len(decoded) == 40
     predictions = tmp_path / "run" / "predictions"
     targets = Manifest.from_csv(tmp_path / "test.csv").label_sets(Vocabulary.from_csv(mini_data / "class_labels_indices.csv"))
     targets = targets.to_multi_hot(np.arange(20), 39)
