@@ -59,6 +59,9 @@ def test_chooses_by_what_is_there(tmp_path):
     # few clips are drawn several times an epoch
     assert found["draws_per_epoch"] * found["number_of_epochs"] == fit.DRAWS
     assert "train_crop" not in found
+    # four clips of each class
+    assert found["class_weight_offset"] == fit.FEW_CLIPS
+    assert "class_weight_offset" not in choices(write_clips(tmp_path / "b", n=48))
 
 
 def test_chooses_for_several_labels_high_rates_and_long_clips(tmp_path):
@@ -260,5 +263,7 @@ def test_folds_give_figures_of_all_clips(tmp_path):
     assert len(scores) == 24
     assert block["n_folds"] == 3
     assert "3 folds, each scored by a tagger that has not heard it: mAP" in done.stdout
+    page = (folder / "run" / "report.html").read_text()
+    assert "Trained 3 times, each time without another part of the clips" in page
     # what the main training says stays
     assert "baseline" in results(folder / "run")

@@ -248,7 +248,7 @@ class Manifest:
             clip = self[int(clips[unknown[0]])]["id"]
             raise InputError(
                 f"{self.source}, clip '{clip}': the label '{mids[int(unknown[0])]}' is not in the class list "
-                f"({len(unknown)} such labels in all). Labels are mids joined by ';'; use the class list that belongs to them."
+                f"({len(unknown)} such labels in all). A clip's labels are joined by ';'; use the class list that has them."
             )
         offsets = np.searchsorted(clips[present], np.arange(len(self) + 1))
         once = LabelSets(offsets, classes[present]).to_sparse(len(vocabulary))

@@ -132,6 +132,8 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
         Choice("draws_per_epoch", draws, f"of {n_train} clips"),
         Choice("number_of_epochs", epochs, ""),
     ]
+    if 0 < counts.min() < FEW_CLIPS:
+        choices.append(Choice("class_weight_offset", FEW_CLIPS, "the few clips of rare classes are not drawn all the time"))
     if long > LONGEST:
         choices += [Choice(f"{which}_crop", crop, "of longer clips") for which, crop in (("train", "random"), ("eval", "centre"))]
     if importlib.util.find_spec(WEIGHTS) is None and not given.get("pretrained_tagger"):
