@@ -62,7 +62,8 @@ def band_statistics(clips: Manifest, hparams: Mapping[str, Any]) -> np.ndarray:
     batches = [rows[start : start + BATCH_SIZE].tolist() for start in range(0, len(rows), BATCH_SIZE)]
     rate, n_samples = hparams["sample_rate"], chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
     loader = clip_loader(clips, rate, n_samples, batches, hparams["num_workers"], crop_of("eval_crop", hparams))
-    front_end = hparams["modules"]["compute_features"]
+    # what is drawn anew for each batch is drawn in training alone
+    front_end = hparams["modules"]["compute_features"].eval()
     device = next((buffer.device for buffer in front_end.buffers()), torch.device("cpu"))
     found = []
     for batch in tqdm(loader, desc="A baseline", unit=" batches", disable=None):
