@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 import sys
 
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 
 from psla_sb.errors import InputError
 from psla_sb.experiment import fit
-from runs import run
+from runs import differences, finish, run, two_ranks
 
 TONES = {"low": 200, "middle": 900, "high": 3000}
 SMALL = {
@@ -198,6 +199,36 @@ def test_same_command_goes_on_and_other_settings_are_refused(fitted):
     refused = psla_fit(folder.parent, folder, number_of_epochs=2, layer_decay=0.1, check=False)
     assert refused.returncode == 2
     assert "layer_decay was 0.8, is 0.1" in refused.stderr
+
+
+def test_killed_and_started_again_it_ends_as_one_that_was_not(tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text("from psla_sb.cli.fit import fit\nfit()\n")
+    folder = write_clips(tmp_path / "data", several=True)
+    settings = {**SMALL, "number_of_epochs": 3, "ckpt_interval_steps": 2, "report": False, "baseline": False}
+    options = [f"--{key}={value}" for key, value in settings.items()]
+    whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
+    argv = [sys.executable, str(script), str(folder), *options]
+    assert finish([*argv, f"--output_folder={whole}"], log) == 0, log.read_text()
+    for target, count in (("TaggingBrain.fit_batch", 4), ("TaggingBrain.evaluate_batch", 1), ("TaggingBrain.fit_batch", 9)):
+        at = (signal.SIGKILL, f"psla_sb.experiment.brain:{target}", count)
+        assert finish([*argv, f"--output_folder={killed}"], log, at=at) == -signal.SIGKILL, log.read_text()
+    assert finish([*argv, f"--output_folder={killed}"], log) == 0, log.read_text()
+    assert differences(whole, killed) == []
+
+
+def test_two_processes_train_one_tagger(fitted, tmp_path):
+    script = tmp_path / "fit.py"
+    script.write_text("from psla_sb.cli.fit import fit\nfit()\n")
+    folder = write_clips(tmp_path / "data", several=True)
+    others = {key: value for key, value in SMALL.items() if key not in ("embedding_model", "pretrained", "n_mels")}
+    settings = {**others, "number_of_epochs": 1, "pretrained_tagger": fitted[0] / "run" / "tagger"}
+    argv = [sys.executable, str(script), str(folder), *(f"--{key}={value}" for key, value in settings.items())]
+    log = tmp_path / "log"
+    assert two_ranks(argv, log) == [0, 0], log.with_suffix(".0").read_text() + log.with_suffix(".1").read_text()
+    assert (folder / "run" / "report.html").is_file()
+    # what was chosen is said once
+    assert [log.with_suffix(f".{rank}").read_text().count("n_classes           3") for rank in (0, 1)] == [1, 0]
 
 
 def test_ends_early_when_nothing_gets_better(tmp_path):

@@ -24,7 +24,7 @@ from psla_sb.dataio.audio import AudioError, duration, sample_rate_of
 from psla_sb.dataio.loudness import some_loudness
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
-from psla_sb.experiment import train
+from psla_sb.experiment import launch, train
 from psla_sb.experiment.hparams import build_errors, resolve
 from psla_sb.experiment.report import write_report
 from psla_sb.files import write_file
@@ -189,6 +189,7 @@ def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions,
     found = sorted(Path(folder).glob("fold_*/train.csv"), key=lambda path: int(path.parent.name.partition("_")[2]))
     if folds and not found:
         raise InputError(f"{folder} has no folds: `psla-prepare SOUNDS --out {folder} --folds 5` makes them")
+    run_opts = launch.start_processes(run_opts, knows_dry_run=True)
     tagger, trust = overrides.get("pretrained_tagger"), as_names(overrides.get("trust"))
     definitions = encoder_of(tagger, trust) if tagger else {}
     given = {**overrides, **({"sample_rate": definitions["sample_rate"]} if tagger else {})}

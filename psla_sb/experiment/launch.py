@@ -161,7 +161,8 @@ def start_processes(run_opts: RunOptions, knows_dry_run: bool = False) -> RunOpt
         defaults["ckpt_interval_minutes"] = 0
     defaults = {key: value for key, value in defaults.items() if key not in run_opts.overridden_args}
     run_opts = dataclasses.replace(run_opts, **defaults, overridden_args=run_opts.overridden_args | set(defaults))
-    ddp_init_group(run_opts)
+    if not torch.distributed.is_initialized():
+        ddp_init_group(run_opts)
     if os.environ.get("WORLD_SIZE", "1") != "1" and not torch.distributed.is_initialized():
         logger.warning(
             "WORLD_SIZE is %s, but RANK or LOCAL_RANK is not set: this process works alone. torchrun sets them all.",
