@@ -12,7 +12,7 @@ import soundfile
 
 from psla_sb.errors import InputError
 from psla_sb.experiment import fit
-from runs import differences, finish, run, two_ranks
+from runs import REPOSITORY, differences, finish, run, two_ranks
 
 TONES = {"low": 200, "middle": 900, "high": 3000}
 SMALL = {
@@ -82,11 +82,22 @@ def test_what_is_given_is_not_chosen(tmp_path):
 def test_without_the_weights_it_learns_from_nothing(tmp_path, monkeypatch):
     write_clips(tmp_path)
     assert "pretrained" not in choices(tmp_path)
-    monkeypatch.setattr(fit, "WEIGHTS", "no_such_package")
+    monkeypatch.setattr(fit, "lite_package", lambda variant: "no_such_package")
     found = choices(tmp_path)
     assert (found["pretrained"], found["head_epochs"], found["layer_decay"]) == (None, 0, 1.0)
     (said,) = [choice.why for choice in fit.choose(tmp_path) if choice.key == "pretrained"]
     assert "`pip install no-such-package`" in said
+    # of other networks it knows nothing
+    assert "pretrained" not in choices(tmp_path, variant="b0")
+
+
+def test_other_recipes_have_other_keys(tmp_path):
+    write_clips(tmp_path)
+    mini = REPOSITORY / "recipes" / "AudioSet" / "hparams" / "mini.yaml"
+    found = {choice.key: choice.value for choice in fit.choose(tmp_path, mini)}
+    assert "activation" not in found
+    # a frame every 10 ms
+    assert found["n_frames"] == 100
 
 
 def one_class(folder):
@@ -267,6 +278,9 @@ def test_starts_from_a_trained_tagger_whatever_its_encoder_is(fitted, tmp_path):
     said = done.stdout + done.stderr
     # all of them, of the encoder and of the head: the classes are the same
     assert re.search(r"\d\d+ tensors taken; 0 not taken", said)
+    refused = run([*done.args, "--sample_rate=32000"], check=False)
+    assert refused.returncode == 2
+    assert f"{tagger} hears sounds at 16000 Hz, not at 32000" in refused.stderr
     recipe = (folder / "run" / "own.yaml").read_text()
     assert "width: 0.2" in recipe
     assert "n_mels: 32" in recipe

