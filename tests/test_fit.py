@@ -81,7 +81,7 @@ def test_what_is_given_is_not_chosen(tmp_path):
 
 def test_without_the_weights_it_learns_from_nothing(tmp_path, monkeypatch):
     write_clips(tmp_path)
-    assert "pretrained" not in choices(tmp_path)
+    assert choices(tmp_path)["pretrained"] == "imagenet"
     monkeypatch.setattr(fit, "lite_package", lambda variant: "no_such_package")
     found = choices(tmp_path)
     assert (found["pretrained"], found["head_epochs"], found["layer_decay"]) == (None, 0, 1.0)

@@ -6,6 +6,7 @@ EXAMPLES = """examples:
   psla-prepare my_sounds --out my_data
   psla-fit my_data
   psla-fit my_data --pretrained_tagger=results/psla/1/tagger
+  psla-fit my_data --target_precision=.9                  thresholds above which nine of ten are right
   psla-fit my_data --output_folder=my_data/long --number_of_epochs=60
   psla-fit my_data --folds
 

