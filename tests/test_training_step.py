@@ -200,7 +200,7 @@ def test_a_loss_that_is_looked_at_later_is_that_of_its_batch(make_brain, tmp_pat
 def test_the_end_of_an_epoch_looks_at_all_steps(make_brain):
     brain = make_brain()
     brain.most_behind, brain.avg_train_loss = 1, 0.0
-    brain.pace = SimpleNamespace(end=lambda step: None, clips=0)
+    brain.pace = SimpleNamespace(end=lambda step: None, clips=0, first_step=0)
     brain.heartbeat = lambda: None
     step(brain, batch(), batch(seed=1))
     brain.on_stage_end(Stage.TRAIN, brain.avg_train_loss, 1)

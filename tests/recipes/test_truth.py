@@ -230,7 +230,7 @@ def test_every_recipe_saves_within_an_epoch_and_knows_trackers():
     for file in [*REPOSITORY.glob("recipes/*/hparams/*.yaml")]:
         if file.stem != "aggregate":
             overrides = dict.fromkeys(("class_list", "train_annotation", "valid_annotation", "n_classes"), "x")
-            overrides = {"data_folder": str(file.parent), **(overrides if file.stem == "small" else {})}
+            overrides = {"data_folder": str(file.parent), **(overrides if file.stem == "own" else {})}
             settings = read_settings(file, overrides)
             assert settings["ckpt_interval_minutes"] == 15
             assert settings["track"] == []
