@@ -299,6 +299,10 @@ def test_folds_give_figures_of_all_clips(tmp_path):
         parts = [rows[(k + 2) % 3 :: 3], rows[(k + 1) % 3 :: 3], rows[k::3]]
         for name, part in zip(("train", "valid", "test"), parts, strict=True):
             (folder / f"fold_{k + 1}" / f"{name}.csv").write_text("\n".join(["ID,wav,duration,labels", *part]) + "\n")
+    # what is called nearly so is none
+    for name in ("fold_1 (copy)", "fold_01", "fold_7"):
+        (folder / name).mkdir()
+        (folder / name / "train.csv").write_text((folder / "fold_1" / "train.csv").read_text())
     done = psla_fit(tmp_path, folder, "--folds", number_of_epochs=1)
     block = results(folder / "run")["folds"]
     each = [results(folder / "run" / f"fold_{k}")["evaluation"]["weight_average"]["mAP"] for k in (1, 2, 3)]

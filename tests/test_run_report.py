@@ -19,7 +19,7 @@ from psla_sb.checkpoints.run_folder import CALIBRATION, write_results, write_sco
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.evaluation import calibration_figures
-from psla_sb.experiment.report import confusions, curve_rows, headline, reliability_rows, write_report
+from psla_sb.experiment.report import _sound, confusions, curve_rows, hardest_clips, headline, reliability_rows, write_report
 from psla_sb.labels.calibration import Calibration, fit_calibration, reliability
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import average_precision, f1_of
@@ -289,3 +289,18 @@ def test_wrong_values_are_said_in_one_line(mini_data, tmp_path, key, value, says
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_of_a_segment_it_is_the_segment_that_is_played(tmp_path):
+    rate = 16000
+    wave = np.concatenate([np.full(rate, level) for level in (0.1, 0.2, 0.3)]) * np.tile([1, -1], 3 * rate // 2)
+    soundfile.write(tmp_path / "recording.wav", wave, rate)
+    columns = [["a", "b"], [str(tmp_path / "recording.wav")] * 2, [0.5, 0.5], ["x", "y"]]
+    manifest = Manifest.from_columns(*columns, starts=[2.25, 1.25])
+    scores, targets = np.array([[0.1, 0.9], [0.6, 0.4]]), np.eye(2) == 1
+    found = hardest_clips(manifest, Vocabulary(["x", "y"], ["X", "Y"]), scores, targets, fit_calibration(scores, targets))
+    assert [(clip["ID"], clip["start"], clip["seconds"]) for clip in found] == [("a", 2.25, 0.5), ("b", 1.25, 0.5)]
+    for clip, level in zip(found, (0.3, 0.2), strict=True):
+        played, _ = soundfile.read(io.BytesIO(_sound(clip["wav"], clip["start"], clip["seconds"])))
+        assert len(played) == rate // 2
+        np.testing.assert_allclose(np.abs(played), level, atol=1e-3)

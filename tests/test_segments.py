@@ -252,3 +252,12 @@ def test_scores_are_of_the_segments(lively_runs, tmp_path):
     # scores of other segments under the same IDs are not taken for these
     other = np.array(score(member, annotation(tmp_path / "sweep.wav", [1.5, 0.0], [0.5, 0.5]), vocabulary, tmp_path / "x")["a"])
     np.testing.assert_allclose(other, scored[0][::-1], rtol=0, atol=1e-4)
+
+
+def test_other_times_in_the_same_file_are_other_sounds(tmp_path):
+    (tmp_path / "a.wav").touch()
+    states = set()
+    for starts, seconds in (([0.0, 1.0], [1.0, 1.0]), ([0.0, 1.5], [1.0, 1.0]), ([0.0, 1.0], [1.0, 0.5])):
+        clips = Manifest.from_columns(["x", "y"], [str(tmp_path / "a.wav")] * 2, seconds, ["a", "b"], starts=starts)
+        states.add(clips.state_of_files())
+    assert len(states) == 3

@@ -24,7 +24,9 @@ EXAMPLES = """examples:
 
 Of a model with thresholds (calibration.json in its folder), "yes" stands beside a score that reaches its class's threshold.
 
-A sound that is longer than what the model hears at a time is heard in windows that overlap by half; see --pool.
+A sound that is longer than what the model hears at a time is heard in windows that overlap by half; see --pool. With "max", "yes"
+then says that the class is in one window at least, and is said more often the longer the sound is: thresholds were chosen for
+single clips.
 
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
 

@@ -207,8 +207,13 @@ class Manifest:
         return digest.hexdigest()
 
     def state_of_files(self) -> str:
-        """Computes the SHA-256 of the sizes and times of change of the clips' files, which tells that a sound was replaced."""
+        """Computes the SHA-256 of the sizes and times of change of the clips' files, which tells that a sound was replaced.
+
+        Of segments also that of where they are.
+        """
         digest, packs_seen = hashlib.sha256(), dict[str, str]()
+        if self.has_segments:
+            digest.update(self.digest((START, "duration")).encode())
         paths = self.paths()
         for start in range(0, len(paths), 100_000):
             states = []

@@ -58,7 +58,7 @@ class FineTuningBrain(TaggingBrain):
 
     * `layer_decay`: the rate of the encoder's first layer, as a part of that of its last one, see `parameter_groups`;
     * `head_epochs`: so many epochs the head is trained alone, before the encoder is; 0 for none;
-    * `patience`: after so many epochs without a higher validation mAP the training ends; null for never.
+    * `patience`: after so many epochs without a higher validation mAP the training ends; as many as there are for never.
     """
 
     def init_optimizers(self) -> None:

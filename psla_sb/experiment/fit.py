@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -190,7 +191,9 @@ def described(choices: list[Choice]) -> str:
 
 def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> None:
     """Trains with the settings that the data suggest, unless `overrides` say otherwise; with `folds`, once more for each."""
-    found = sorted(Path(folder).glob("fold_[0-9]*/train.csv"), key=lambda path: int(path.parent.name.partition("_")[2]))
+    # fold_1, fold_2, ..., and nothing that is only called alike
+    each_fold = (Path(folder) / f"fold_{k}" / "train.csv" for k in itertools.count(1))
+    found = list(itertools.takewhile(Path.is_file, each_fold)) if folds else []
     if folds and not found:
         raise InputError(f"{folder} has no folds: `psla-prepare SOUNDS --out {folder} --folds 5` makes them")
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)

@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_curve, precision_
 from psla_sb.aggregation.bootstrap import bootstrap, interval, means
 from psla_sb.checkpoints.run_folder import prediction_path, read_results
 from psla_sb.checkpoints.tagger_folder import read_calibration
-from psla_sb.dataio.audio import read_blocks
+from psla_sb.dataio.audio import read_audio, read_blocks
 from psla_sb.dataio.bad_clips import FILE, csv_line
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
@@ -72,7 +72,7 @@ def write_report(folder: str | Path, name: str, manifest: Manifest, vocabulary: 
         "calibration": results["calibration"],
         "classes": class_rows(vocabulary, scores, targets, calibration),
         "confusions": confusions(vocabulary, scores, targets, calibration, confusion)[:N_CONFUSIONS],
-        "hardest_clips": [{key: value for key, value in clip.items() if key != "wav"} for clip in hardest],
+        "hardest_clips": [{key: value for key, value in clip.items() if key not in ("wav", "seconds")} for clip in hardest],
         "bad_clips": _bad_clips(folder, name),
         "baseline": results.get("baseline"),
         "folds": results.get("folds"),
@@ -91,13 +91,14 @@ def write_report(folder: str | Path, name: str, manifest: Manifest, vocabulary: 
     flat = [
         {
             **clip,
+            "start": "" if clip["start"] is None else clip["start"],
             "labels": "; ".join(clip["labels"]),
             "heard": "; ".join(f"{one['name']} {one['score']:.2f}" for one in clip["heard"]),
         }
         for clip in hardest
     ]
-    _write_csv(out / "hardest_clips.csv", ["ID", "wav", "loss", "labels", "heard"], flat)
-    sounds = [_sound(clip["wav"]) for clip in hardest]
+    _write_csv(out / "hardest_clips.csv", ["ID", "wav", "start", "loss", "labels", "heard"], flat)
+    sounds = [_sound(clip["wav"], clip["start"], clip["seconds"]) for clip in hardest]
     page = folder / "report.html"
     write_page(page, out, report, bins, curves, confusion, sounds, results["epochs"])
     return page
@@ -265,6 +266,8 @@ def hardest_clips(
             {
                 "ID": clip["id"],
                 "wav": clip["wav"],
+                "start": clip.get("start"),
+                "seconds": clip["duration"],
                 "loss": float(losses[row]),
                 "labels": [vocabulary.names[c] for c in np.flatnonzero(targets[row])],
                 "heard": [
@@ -281,10 +284,14 @@ def hardest_clips(
     return found
 
 
-def _sound(path: str) -> bytes | str:
-    """The first seconds of a sound as a FLAC file, or what is wrong with it."""
+def _sound(path: str, start: float | None, seconds: float | None) -> bytes | str:
+    """The first seconds of a clip as a FLAC file, or what is wrong with it."""
+    n_samples = round(PLAYED_SECONDS * PLAYED_RATE)
     try:
-        wave = next(iter(read_blocks(path, PLAYED_RATE, PLAYED_SECONDS)))[: round(PLAYED_SECONDS * PLAYED_RATE)]
+        if start is None:
+            wave = next(iter(read_blocks(path, PLAYED_RATE, PLAYED_SECONDS)))[:n_samples]
+        else:
+            wave = read_audio(path, PLAYED_RATE, start, seconds)[:n_samples]
     except (InputError, StopIteration) as error:
         return str(error).replace(path, Path(path).name) or "no samples"
     file = io.BytesIO()

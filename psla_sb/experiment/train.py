@@ -138,11 +138,11 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     for signum in launch.STOP_SIGNALS:
         signal.signal(signum, launch.stop)
     results = evaluate(brain, dataset, name, vocabulary, valid_loader, valid_set if name == "test" else None)
-    if hparams.get("baseline"):
-        results = run_on_main(_add_baseline, [folder, hparams, {name: clips for name, (clips, _) in sets.items()}, vocabulary])
     if if_main_process():
         calibration = read_calibration(folder, vocabulary)
         write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary, calibration)
+        if hparams.get("baseline"):
+            results = _add_baseline(folder, hparams, {which: clips for which, (clips, _) in sets.items()}, vocabulary)
         published, reason = hparams["published"], None
         if published:
             compared = {"train": train_set.data, name: dataset.data}

@@ -43,7 +43,8 @@ class Tag(NamedTuple):
     """A class that a sound was scored for; the score is in [0, 1].
 
     Of a tagger that has a `calibration` there are the `probability` that the sound has the class, and the `decision` that it has,
-    which is that the score reaches the class's threshold.
+    which is that the score reaches the class's threshold. Both are of single clips: of a sound in several windows whose scores
+    were pooled by "max", they say that of the best window.
     """
 
     label: str

@@ -2,8 +2,11 @@
 
 import itertools
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
+
+from psla_sb.errors import InputError
 
 SPLITS = ("train", "valid", "test")
 NAMES = {
@@ -61,15 +64,21 @@ def clean_label(text: str) -> str:
     >>> clean_label(" Dog\\n barks ")
     'Dog barks'
     """
-    return re.sub(r"\s*=>\s*", " -> ", " ".join(text.split()))
+    return re.sub(r"\s*=>\s*", " -> ", " ".join(unicodedata.normalize("NFC", text).split()))
 
 
 def merged(clips: Iterable[Clip]) -> list[Clip]:
-    """Unites the labels of clips that are the same part of the same file; the first one says all else."""
+    """Unites the labels of clips that are the same part of the same file; the first one says all else.
+
+    It is an `InputError` if they are said to be in different splits.
+    """
     by_place: dict[tuple[str, float | None, float | None], Clip] = {}
     for clip in clips:
         place = (clip.path, clip.start, clip.end)
         before = by_place.get(place)
+        if before and before.split != clip.split:
+            splits = f"{before.split or 'no split'} and {clip.split or 'no split'}"
+            raise InputError(f"{clip.path}: it is there twice, in {splits}; mend the table, or split anew with --split-column none")
         by_place[place] = before._replace(labels=(*before.labels, *clip.labels)) if before else clip
     return [clip._replace(labels=tuple(dict.fromkeys(clip.labels))) for clip in by_place.values()]
 

@@ -16,9 +16,11 @@ NAMES = {
     "clip clipname clipid recording recordingname name id itemid",
     "label": "labels tags classes categories soundclasses eventlabels label tag class category classname soundclass eventlabel "
     "event primarylabel annotation species commonname scientificname target classlabel",
-    "start": "start onset begin starttime startseconds starts begintime begintimes onsetseconds",
-    "end": "end offset stop endtime endseconds ends endtimes offsetseconds",
-    "duration": "duration length dur durations durationseconds",
+    "start": "start onset begin starttime startseconds starts starttimes starttimeseconds startsec startsecs begintime begintimes "
+    "begintimeseconds beginseconds beginsec onsets onsetseconds onsetsec onsettime",
+    "end": "end offset stop endtime endseconds ends endtimes endtimeseconds endsec endsecs offsets offsetseconds offsetsec "
+    "offsettime stoptime",
+    "duration": "duration length dur durations durationseconds durationsec",
     "split": "split subset set partition dataset datasetsplit usage",
     "fold": "fold folds foldid foldnumber kfold split subset",
     "group": "groupid group recordingid recording sourceid srcfile source sourcefile freesoundid fsid speakerid speaker siteid "
@@ -27,6 +29,8 @@ NAMES = {
 ROLES = tuple(NAMES)
 NONE = "none"
 MOST_FOLDS, LEAST_GROUPS = 20, 5
+# what programs write where they know nothing
+MISSING = ("", "na", "n/a", "nan", "null", "none", "-")
 
 
 def clips_of_table(
@@ -67,15 +71,24 @@ def _columns(table: Table, chosen: Mapping[str, str], finder: Finder) -> dict[st
 
     if "file" not in columns:
         take("file", _file_column(table, free, finder))
+    finder.look_where(table.column(columns["file"]))
     if not any(map(finder.find, table.column(columns["file"]))):
         first = next(filter(None, table.column(columns["file"])), "")
         said = f"none of the files in column '{columns['file']}' is in {finder.folders[0]} or below, the first is '{first}'"
         raise InputError(f"{table.path}: {said}; say where they are with --audio FOLDER, or name the column with --file-column")
+    if not {"start", "end"} & set(chosen) and not _by_name(free, "start") and _by_name(free, "duration"):
+        # `offset` with a `duration` is where a clip begins
+        take("start", next((name for name in _by_name(free, "end") if _plain(name).startswith("offset")), None))
     for role in ("start", "end", "duration", "split", "fold", "group"):
         # the end of what has no start is the length of a file
         needless = (role in ("end", "duration") and "start" not in columns) or (role == "duration" and "end" in columns)
-        if role not in chosen and not needless:
-            take(role, next((name for name in _by_name(free, role) if _fits(role, table.column(name))), None))
+        if role in chosen or needless or role in columns:
+            continue
+        named = _by_name(free, role)
+        fitting = [name for name in named if _fits(role, table.column(name))]
+        if role in TIMES and named and not fitting:
+            _check_times(table, role, named[0])
+        take(role, next(iter(fitting), None))
     if "start" in columns and not {"end", "duration"} & set(columns):
         raise InputError(f"{table.path}: '{columns['start']}' has starts, but no column has ends; name it with --end-column")
     if "label" not in chosen:
@@ -117,9 +130,12 @@ def _found(table: Table, columns: Mapping[str, str], classes: Sequence[str], sep
 
 def _said(table: Table, columns: Mapping[str, str], classes: Sequence[str], separator: str) -> list[str]:
     """Says how the table was understood, and how to say otherwise."""
+    used = {*columns.values(), *classes}
+    alike = [name for role in ("start", "split", "group") if role not in columns for name in _by_name(table.header, role)]
+    alike = [name for name in dict.fromkeys(alike) if name not in used]
     parts = [f"file: `{columns['file']}`"]
     if classes:
-        parts.append(f"classes: {len(classes)} columns of 0 and 1, `{classes[0]}` to `{classes[-1]}`")
+        parts.append(f"classes: {len(classes)} columns of 0 and 1, {_listed(classes)}")
     else:
         parts.append(f"labels: `{columns['label']}`" + (f" (separated by {separator})" if separator else " (one each)"))
     parts += [f"{role}: `{columns[role]}`" for role in ROLES if role in columns and role not in ("file", "label")]
@@ -127,7 +143,10 @@ def _said(table: Table, columns: Mapping[str, str], classes: Sequence[str], sepa
     parts += [f"no {' and no '.join(unused)}"] if unused else []
     named = {"\t": "tabs", ",": "commas"}.get(table.delimiter, table.delimiter)
     read = f"rows: {len(table.rows)}, in {table.encoding}, columns between {named}"
-    return [f"{', '.join(parts)}; override with --file-column NAME and so on", read]
+    looked_at = (
+        [f"not used, by what is in them: {_listed(alike)}; name such a column if it has times, splits or groups"] if alike else []
+    )
+    return [f"{', '.join(parts)}; override with --file-column NAME and so on", read, *looked_at, *_nearly(table, columns, classes)]
 
 
 def _named(table: Table, role: str, name: str) -> str:
@@ -142,10 +161,13 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
 def _by_name(columns: Sequence[str], role: str) -> list[str]:
-    plain = {name: re.sub("[^a-z0-9]", "", name.lower()) for name in columns}
     known = NAMES[role].split()
-    return sorted((name for name in columns if plain[name] in known), key=lambda name: known.index(plain[name]))
+    return sorted((name for name in columns if _plain(name) in known), key=lambda name: known.index(_plain(name)))
 
 
 def _file_column(table: Table, free: Sequence[str], finder: Finder) -> str:
@@ -170,8 +192,9 @@ def _fits(role: str, cells: Sequence[str]) -> bool:
     """Tells whether what is in a column can be of a role, which its name alone does not say."""
     filled = [cell for cell in cells if cell]
     counts = Counter(filled)
-    if role in ("start", "end", "duration"):
-        return bool(filled) and all(seconds_of(cell) is not None for cell in filled)
+    if role in TIMES:
+        known = [cell for cell in filled if cell.lower() not in MISSING]
+        return bool(known) and all(seconds_of(cell) is not None for cell in known)
     if role == "split":
         return bool(filled) and splits_of(set(filled)) is not None
     if role == "fold":
@@ -179,11 +202,26 @@ def _fits(role: str, cells: Sequence[str]) -> bool:
     return len(counts) >= LEAST_GROUPS and len(counts) < len(filled) and max(counts.values()) <= len(cells) / 2
 
 
+TIMES = ("start", "end", "duration")
+
+
+def _check_times(table: Table, role: str, name: str) -> None:
+    """Refuses a column that is called a time, with a cell that is none: without it segments would become whole recordings."""
+    cells = table.column(name)
+    # of which none is a time is something else
+    for row, cell in enumerate(cells if any(seconds_of(cell) is not None for cell in cells) else []):
+        if cell.lower() not in MISSING and seconds_of(cell) is None:
+            where = f"{table.path}, row {table.lines[row]}, column '{name}'"
+            raise InputError(f"{where}: '{cell[:40]}' is no time in seconds; mend it, or add --{role}-column none")
+
+
 def _label_column(table: Table, free: Sequence[str]) -> str | None:
-    """Finds the column of labels: by its name, or the only one of words that repeat."""
+    """Finds the column of labels: by its name, or, if no two columns are of 0 and 1, the only one of words that repeat."""
     filled = [name for name in _by_name(free, "label") if any(table.column(name))]
     if filled:
         return filled[0]
+    if len([name for name in free if _is_class_column(table.column(name))]) > 1:
+        return None
     candidates = []
     for name in free:
         cells = [cell for cell in table.column(name) if cell]
@@ -196,8 +234,24 @@ def _label_column(table: Table, free: Sequence[str]) -> str | None:
 def _class_columns(table: Table, columns: Mapping[str, str]) -> list[str]:
     """Finds the columns of a table that has one for each class, with 0 and 1."""
     free = [name for name in table.header if name not in columns.values()]
-    found = [name for name in free if {cell.lower() for cell in table.column(name)} <= {*TRUE, *FALSE}]
+    found = [name for name in free if _is_class_column(table.column(name))]
     return found if len(found) > 1 else []
+
+
+def _is_class_column(cells: Sequence[str]) -> bool:
+    values = {cell.lower() for cell in cells}
+    return values <= {*TRUE, *FALSE} and values != {""}
+
+
+def _nearly(table: Table, columns: Mapping[str, str], classes: Sequence[str]) -> list[str]:
+    """Says which columns would have a class each but for some of their cells."""
+    said = []
+    for name in table.header if classes else ():
+        other = [row for row, cell in enumerate(table.column(name)) if cell.lower() not in (*TRUE, *FALSE)]
+        if name not in {*columns.values(), *classes} and 0 < len(other) <= 0.1 * len(table.rows):
+            row = other[0]
+            said.append(f"not a class: `{name}`, for row {table.lines[row]} has '{table.column(name)[row][:40]}', neither 0 nor 1")
+    return said
 
 
 TRUE, FALSE = ("1", "1.0", "1,0", "true", "yes", "x"), ("0", "0.0", "0,0", "false", "no", "")
@@ -214,11 +268,14 @@ def _times(
     times = dict[str, float | None]()
     for role in ("start", "end", "duration"):
         text = cells[role][row] if role in cells else ""
+        text = "" if text.lower() in MISSING else text
         times[role] = seconds_of(text)
         if text and times[role] is None:
             where = f"{table.path}, row {table.lines[row]}, column '{columns[role]}'"
             raise InputError(f"{where}: '{text[:40]}' is no time in seconds; mend it, or add --{role}-column none")
     start, end = times["start"], times["end"]
+    if start is None and end is not None:
+        start = 0.0
     if start is not None and end is None and times["duration"] is not None:
         end = start + times["duration"]
     return start, end if start is not None else None

@@ -65,7 +65,15 @@ def clips_of(
     for folder in [source, *sorted(path for path in source.iterdir() if path.is_dir())]:
         for layout in LAYOUTS:
             if (folder / layout.table).is_file() and (folder / layout.audio).is_dir():
-                found = clips_of_table(read_table(folder / layout.table), layout.columns, "", folder / layout.audio, out)
+                if audio or separator or nested != "last":
+                    raise InputError(f"{folder}: is {layout.name}; --audio, --label-separator and --nested are not for it")
+                others = files_in(source, folder).sounds if folder != source else []
+                if others:
+                    raise InputError(
+                        f"{source}: has {layout.name} in {folder.name}, and other sounds, such as {others[0]}; name one"
+                    )
+                chosen = {**layout.columns, **columns}
+                found = clips_of_table(read_table(folder / layout.table), chosen, "", folder / layout.audio, out)
                 return found._replace(said=[f"{layout.name}, as it is published: its folds are used", *found.said[1:]])
     if columns or audio:
         raise InputError(f"{source}: is a folder; columns and --audio are for a table: psla-prepare TABLE.csv ...")

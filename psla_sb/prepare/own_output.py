@@ -26,6 +26,9 @@ SHOWN = 5
 # Seconds that are decoded for nothing before a segment, unless its file can be sought in
 LATE, SOUGHT = 60.0, (".wav", ".wave", ".flac", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64")
 
+# What a training reads; the others only say what was found.
+WRITTEN = ("train.csv", "valid.csv", "test.csv", "class_labels_indices.csv")
+
 
 class Pair(NamedTuple):
     """Says that two clips, by their rows, are the same (0), or alike: that share of the bits of their fingerprints differs."""

@@ -16,7 +16,7 @@ from psla_sb.prepare.fingerprints import alike
 from psla_sb.prepare.own_clips import SPLITS, Clip, Found, merged
 from psla_sb.prepare.own_folders import clips_of, group_by_pattern
 from psla_sb.prepare.own_measures import Measured, measure
-from psla_sb.prepare.own_output import Pair, Prepared, write_prepared
+from psla_sb.prepare.own_output import WRITTEN, Pair, Prepared, write_prepared
 from psla_sb.prepare.splits import joined_groups, share_out
 
 # More classes than this, with fewer clips of each than that, are no classes but texts
@@ -68,6 +68,8 @@ def prepared_of(source: Path, out: Path, settings: Settings) -> Prepared:
     """Finds the clips of a source, listens to them, and decides in which set each is."""
     found = clips_of(source, settings.columns, settings.label_separator, settings.audio, settings.nested, out)
     clips = merged(found.clips)
+    if n_united := len(found.clips) - len(clips):
+        found.said.append(f"rows of a clip that another row has already, whose labels are united: {n_united}")
     if not clips:
         raise InputError(f"{source}: none of its clips can be used; the first: {': '.join(found.left_out[0])}")
     if settings.group_pattern:
@@ -86,11 +88,14 @@ def prepared_of(source: Path, out: Path, settings: Settings) -> Prepared:
 
 
 def check_unused(out: Path, source: Path, force: bool) -> None:
-    """Refuses a folder with annotations of another source."""
+    """Refuses a folder with annotations of another source, and one whose own table would be overwritten."""
+    written = [name for name in WRITTEN if (out / name).exists()]
+    if any(source.exists() and (out / name).exists() and source.samefile(out / name) for name in written):
+        raise InputError(f"{source}: would be overwritten; choose another folder for --out")
     before = (read_json(out / "prepared.json") or {}).get("source")
-    if force or before == str(source) or not (before or (out / "train.csv").exists()):
+    if force or before == str(source) or not (before or written):
         return
-    what = f"was prepared from {before}" if before else "has a train.csv of another origin"
+    what = f"was prepared from {before}" if before else f"has a {written[0]} of another origin"
     raise InputError(f"{out}: {what}; choose another folder for --out, or replace what is there with --force")
 
 
