@@ -142,7 +142,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         calibration = read_calibration(folder, vocabulary)
         write_tagger(folder / "tagger", definitions, hparams["modules"], vocabulary, calibration)
         if hparams.get("baseline"):
-            results = _add_baseline(folder, hparams, {which: clips for which, (clips, _) in sets.items()}, vocabulary)
+            results = {**results, "baseline": _baseline(hparams, {which: clips for which, (clips, _) in sets.items()}, vocabulary)}
+            write_results(folder, results)
         published, reason = hparams["published"], None
         if published:
             compared = {"train": train_set.data, name: dataset.data}
@@ -165,13 +166,11 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     return results
 
 
-def _add_baseline(folder: Path, hparams: dict[str, Any], clips: dict[str, Manifest], vocabulary: Vocabulary) -> dict[str, Any]:
+def _baseline(hparams: dict[str, Any], clips: dict[str, Manifest], vocabulary: Vocabulary) -> dict[str, Any]:
     # scikit-learn is slow to import
     from psla_sb.experiment.baseline import baseline
 
-    results = {**read_results(folder), "baseline": baseline(hparams, clips, vocabulary)}
-    write_results(folder, results)
-    return results
+    return baseline(hparams, clips, vocabulary)
 
 
 def _write_settings(folder: Path, file: str | Path, overrides: dict[str, Any], vocabulary: Vocabulary) -> None:
