@@ -79,6 +79,21 @@ def test_what_is_given_is_not_chosen(tmp_path):
     assert found["n_frames"] == 50
 
 
+def test_files_may_be_elsewhere(tmp_path):
+    folder = write_clips(tmp_path / "a")
+    (folder / "class_labels_indices.csv").rename(folder / "classes.csv")
+    (folder / "valid.csv").rename(tmp_path / "other.csv")
+    with pytest.raises(InputError, match=r"has no valid\.csv and no class_labels_indices\.csv"):
+        choices(folder)
+    given = {"class_list": str(folder / "classes.csv"), "valid_annotation": str(tmp_path / "other.csv")}
+    found = choices(folder, **given)
+    assert found["n_classes"] == 3
+    assert found["test_annotation"] == str(folder / "test.csv")
+    assert not set(given) & set(found)
+    # no test set is wanted
+    assert "test_annotation" not in choices(folder, **given, test_annotation=None)
+
+
 def test_without_the_weights_it_learns_from_nothing(tmp_path, monkeypatch):
     write_clips(tmp_path)
     assert choices(tmp_path)["pretrained"] == "imagenet"

@@ -66,21 +66,33 @@ class DataSet(NamedTuple):
     single_label: bool  # whether each clip has exactly one
 
 
-def open_data(folder: str | Path) -> DataSet:
+def files_of(folder: Path, given: Mapping[str, Any]) -> dict[str, Path]:
+    """Where the class list and the annotations of a data set are, by the recipe's keys: in its folder, unless they are given."""
+    names = {"class_list": CLASSES, **{f"{name}_annotation": f"{name}.csv" for name in SETS}}
+    files = {key: Path(given[key]) if given.get(key) else folder / name for key, name in names.items()}
+    return {key: file for key, file in files.items() if file.is_file() and given.get(key, file) is not None}
+
+
+def open_data(folder: str | Path, given: Mapping[str, Any]) -> DataSet:
     """Reads an own data set; an `InputError` says what it lacks for a tagger to be trained and tested."""
     folder = Path(folder)
-    lacking = [name for name in ("train.csv", "valid.csv", CLASSES) if not (folder / name).is_file()]
+    files, needed = (
+        files_of(folder, given),
+        {"train_annotation": "train.csv", "valid_annotation": "valid.csv", "class_list": CLASSES},
+    )
+    lacking = [name for key, name in needed.items() if key not in files]
     if lacking:
         what = "no such folder" if not folder.is_dir() else f"has no {' and no '.join(lacking)}"
         raise InputError(f"{folder}: {what}; `psla-prepare SOUNDS --out {folder}` makes such a folder of your sounds")
-    vocabulary = Vocabulary.from_csv(folder / CLASSES)
-    clips = {name: Manifest.from_csv(folder / f"{name}.csv", folder) for name in SETS if (folder / f"{name}.csv").is_file()}
+    vocabulary = Vocabulary.from_csv(files["class_list"])
+    annotations = {name: files.get(f"{name}_annotation") for name in SETS}
+    clips = {name: Manifest.from_csv(file, folder) for name, file in annotations.items() if file}
     labels = {name: manifest.label_sets(vocabulary) for name, manifest in clips.items()}
     n_classes, n_train = len(vocabulary), len(clips["train"])
     positives = np.bincount(labels["train"].indices, minlength=n_classes)
     if n_classes < 2:
         raise InputError(
-            f"{folder / CLASSES}: only one class, '{vocabulary.names[0]}'; add clips of something else to tell it from"
+            f"{files['class_list']}: only one class, '{vocabulary.names[0]}'; add clips of something else to tell it from"
         )
     if n_classes > n_train:
         raise InputError(f"{folder}: {n_classes} classes, but only {n_train} clips to learn them from; join classes, or add clips")
@@ -107,7 +119,7 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
         The folder, or its files, are not what can be trained on.
     """
     folder, given = Path(folder), given or {}
-    data = open_data(folder)
+    data, files = open_data(folder, given), files_of(folder, given)
     train_clips, counts, single = data.clips["train"], data.positives, data.single_label
     n_train, n_classes, keys = len(train_clips), len(data.vocabulary), read_yaml(file)
     rates, durations = _rates_and_durations(train_clips)
@@ -118,9 +130,9 @@ def choose(folder: str | Path, file: str | Path = RECIPE, given: Mapping[str, An
     epochs = max(round(DRAWS / draws), FEWEST_EPOCHS)
     common, n_common = Counter(rates).most_common(1)[0]
     choices = [
-        *(Choice(f"{name}_annotation", str(folder / f"{name}.csv"), f"{len(clips)} clips") for name, clips in data.clips.items()),
+        *(Choice(key, str(files[key]), f"{len(data.clips[key.partition('_')[0]])} clips") for key in files if key != "class_list"),
         Choice("data_folder", str(folder), ""),
-        Choice("class_list", str(folder / CLASSES), ""),
+        Choice("class_list", str(files["class_list"]), ""),
         Choice("n_classes", n_classes, f"{counts.min()} to {counts.max()} clips of each to learn from"),
         Choice("output_folder", str(folder / "run"), ""),
         Choice(
@@ -205,7 +217,7 @@ def fit(folder: str | Path, folds: bool, file: str | Path, run_opts: RunOptions,
         if given.setdefault("sample_rate", rate) != rate:
             raise InputError(f"{tagger} hears sounds at {rate} Hz, not at {given['sample_rate']}: leave --sample_rate out")
         given.setdefault("output_folder", str(Path(folder) / "run"))
-        open_data(folder)
+        open_data(folder, given)
         file = run_on_main(write_recipe, [file, definitions, given["output_folder"]])
     choices = choose(folder, file, given)
     settings = {**{one.key: one.value for one in choices}, **given}
