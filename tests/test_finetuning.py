@@ -1,5 +1,6 @@
 """Fine-tuning: the rate by step, the ladder of rates, the loss of either kind of head, and the early end."""
 
+import functools
 import math
 
 import pytest
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from psla_sb.experiment.brain import binary_cross_entropy
-from psla_sb.experiment.finetuning import cross_entropy, parameter_groups
+from psla_sb.experiment.finetuning import FineTuningBrain, cross_entropy, parameter_groups
 from psla_sb.experiment.schedules import CosineScheduler
 from psla_sb.lobes.efficientnet import EfficientNetEncoder
+from psla_sb.lobes.features import GlobalNorm, KaldiFbank
 from psla_sb.lobes.mobilenet import MobileNetV3Encoder
 from psla_sb.lobes.pooling import AttentionPooling
 
@@ -83,3 +85,18 @@ def test_loss_of_a_head_for_one_label():
     assert cross_entropy(probabilities, targets) == binary_cross_entropy(probabilities, targets)
     # a clip without a label has nothing to say, and does not make the loss something that is no number
     assert torch.isfinite(cross_entropy(logits.softmax(1), torch.zeros(5, 4), "softmax"))
+
+
+def test_optimizer_keeps_its_form_and_settings():
+    modules = {
+        **{"compute_features": KaldiFbank(n_mels=32), "mean_var_norm": GlobalNorm()},
+        **{"embedding_model": EfficientNetEncoder("lite0"), "classifier": AttentionPooling(1280, 3)},
+    }
+    made = functools.partial(torch.optim.Adam, lr=0.1, betas=(0.95, 0.99), fused=True)
+    brain = FineTuningBrain(modules, made, {"modules": modules, "layer_decay": 0.5, "seed": 1}, run_opts={"device": "cpu"})
+    brain.init_optimizers()
+    groups = brain.optimizer.param_groups
+    assert len(groups) == len(parameter_groups(modules, 0.5))
+    # fused optimizers leave a step out on a GPU without waiting for it
+    assert all(group["fused"] and group["betas"] == (0.95, 0.99) for group in groups)
+    assert [group["lr_scale"] for group in groups[:2]] == [1.0, 0.5]

@@ -62,13 +62,12 @@ class FineTuningBrain(TaggingBrain):
     """
 
     def init_optimizers(self) -> None:
-        """Makes SpeechBrain's optimizer of groups with rates of their own."""
-        makes = self.opt_class
-        if makes is not None:
-            groups = parameter_groups(self.hparams.modules, self.hparams.layer_decay)
-            self.opt_class = lambda parameters, **options: makes(groups, **options)
+        """Makes SpeechBrain's optimizer, in the form that the device has, of groups with rates of their own."""
         super().init_optimizers()
-        self.opt_class = makes
+        for optimizer in (self.optimizers_dict or {}).values():
+            optimizer.param_groups.clear()
+            for group in parameter_groups(self.hparams.modules, self.hparams.layer_decay):
+                optimizer.add_param_group(group)
 
     def on_fit_start(self) -> None:
         """As `TaggingBrain`'s; tells the schedule how many steps there are."""

@@ -18,7 +18,7 @@ from speechbrain.utils.logger import get_logger
 from speechbrain.utils.run_opts import RunOptions
 
 from psla_sb.checkpoints.definitions import definitions_text, read_yaml, tags_of, without_pretrained
-from psla_sb.checkpoints.run_folder import prediction_path, read_results, write_results
+from psla_sb.checkpoints.run_folder import CLASSES, prediction_path, read_results, write_results
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.trust import as_names, check_trusted
 from psla_sb.dataio.audio import AudioError, duration, sample_rate_of
@@ -37,7 +37,6 @@ from psla_sb.metrics import FIGURES, summarize
 logger = get_logger(__name__)
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "AudioSet" / "hparams" / "own.yaml"
-CLASSES = "class_labels_indices.csv"
 SETS = ("train", "valid", "test")
 # Files that are looked into for what all are like.
 SOME = 200
@@ -76,10 +75,8 @@ def files_of(folder: Path, given: Mapping[str, Any]) -> dict[str, Path]:
 def open_data(folder: str | Path, given: Mapping[str, Any]) -> DataSet:
     """Reads an own data set; an `InputError` says what it lacks for a tagger to be trained and tested."""
     folder = Path(folder)
-    files, needed = (
-        files_of(folder, given),
-        {"train_annotation": "train.csv", "valid_annotation": "valid.csv", "class_list": CLASSES},
-    )
+    files = files_of(folder, given)
+    needed = {"train_annotation": "train.csv", "valid_annotation": "valid.csv", "class_list": CLASSES}
     lacking = [name for key, name in needed.items() if key not in files]
     if lacking:
         what = "no such folder" if not folder.is_dir() else f"has no {' and no '.join(lacking)}"

@@ -32,6 +32,10 @@ class Clip(NamedTuple):
     group: str = ""
     fold: str = ""
 
+    def place(self) -> str:
+        """Says where it is: its file, and where in it a segment begins."""
+        return self.path if self.start is None else f"{self.path} from {self.start:g} s on"
+
 
 class Found(NamedTuple):
     """Holds the clips of a source, what is to be said of how it was understood, and files and reasons of what was left out."""

@@ -140,11 +140,7 @@ def _pair_row(prepared: Prepared, pair: Pair) -> tuple[Any, ...]:
     sets = [SPLITS[prepared.parts[row]] for row in pair[:2]]
     what, conflict = "alike" if pair.difference else "same", set(one.labels) != set(other.labels)
     labels = ["; ".join(sorted(clip.labels)) for clip in (one, other)]
-    return (*(_file(clip) for clip in (one, other)), what, round(pair.difference, 3), *labels, "yes" if conflict else "no", *sets)
-
-
-def _file(clip: Clip) -> str:
-    return clip.path if clip.start is None else f"{clip.path} from {clip.start:g} s on"
+    return (one.place(), other.place(), what, round(pair.difference, 3), *labels, "yes" if conflict else "no", *sets)
 
 
 def report_of(prepared: Prepared) -> dict[str, Any]:
@@ -179,7 +175,7 @@ def report_of(prepared: Prepared) -> dict[str, Any]:
         "left_out": len(prepared.left_out),
         "left_out_reasons": _counted(_reason(reason) for _, reason in prepared.left_out),
         "clipped": sum(one.clipped for one in prepared.measured),
-        "clipped_files": [_file(clip) for clip, one in zip(clips, prepared.measured, strict=True) if one.clipped][:100],
+        "clipped_files": [clip.place() for clip, one in zip(clips, prepared.measured, strict=True) if one.clipped][:100],
         "duplicates": {
             "same": sum(pair.difference == 0 for pair in prepared.pairs),
             "alike": sum(pair.difference > 0 for pair in prepared.pairs),

@@ -106,7 +106,7 @@ def usable(source: Path, clips: Sequence[Clip]) -> tuple[list[Clip], list[Measur
         (clip.path, "the file's name has a line break, or is no UTF-8; rename it") for clip in clips if not _is_plain(clip.path)
     ]
     measured = measure(named)
-    left_out += [(_place(clip), one.problem) for clip, one in zip(named, measured, strict=True) if one.problem]
+    left_out += [(clip.place(), one.problem) for clip, one in zip(named, measured, strict=True) if one.problem]
     kept = [(clip, one) for clip, one in zip(named, measured, strict=True) if not one.problem]
     if not kept:
         reasons = Counter(reason for _, reason in left_out)
@@ -131,10 +131,6 @@ def _is_plain(path: str) -> bool:
     return not re.search(r"[\r\n]", path)
 
 
-def _place(clip: Clip) -> str:
-    return clip.path if clip.start is None else f"{clip.path} from {clip.start:g} s on"
-
-
 def frequent(clips: list[Clip], measured: list[Measured], found: Found, least: int) -> tuple[list[Clip], list[Measured], Found]:
     """Leaves out classes that have fewer clips, and clips that have no other class."""
     counts = Counter(label for clip in clips for label in clip.labels)
@@ -144,7 +140,7 @@ def frequent(clips: list[Clip], measured: list[Measured], found: Found, least: i
     kept = [clip._replace(labels=tuple(label for label in clip.labels if label not in rare)) for clip in clips]
     rows = [row for row, clip in enumerate(kept) if clip.labels or not clips[row].labels]
     reason = f"its classes have fewer than {least} clips"
-    left_out = [*found.left_out, *((_place(clips[row]), reason) for row in sorted(set(range(len(clips))) - set(rows)))]
+    left_out = [*found.left_out, *((clips[row].place(), reason) for row in sorted(set(range(len(clips))) - set(rows)))]
     said = [*found.said, f"classes with fewer than {least} clips, which are left out: {len(rare)}"]
     return [kept[row] for row in rows], [measured[row] for row in rows], Found([], said, left_out)
 
