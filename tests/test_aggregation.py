@@ -379,15 +379,17 @@ def test_a_teachers_row_goes_with_its_clip(tmp_path):
     assert "teacher" not in TaggingDataset(manifest, LabelSets.from_lists([[], [], []]), 2)[0]
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.25])
-def test_distillation_adds_the_cross_entropy_with_the_teacher(weight):
-    brain = TaggingBrain({}, hparams={"distillation_weight": weight}, run_opts={"device": "cpu"})
+@pytest.mark.parametrize("weight", [None, 1.0, 0.25])
+def test_distillation_is_the_weighted_mean_of_the_cross_entropies(weight):
+    brain = TaggingBrain({}, hparams={} if weight is None else {"distillation_weight": weight}, run_opts={"device": "cpu"})
     p, target, teacher = np.array([[0.2, 0.9]]), np.array([[0.0, 1.0]]), np.array([[0.3, 0.6]])
     both = torch.tensor(np.hstack([target, teacher]), dtype=torch.float32)
     loss = brain.compute_objectives((torch.tensor(p, dtype=torch.float32), both), None, Stage.TRAIN).item()
     hard = -(math.log(0.8) + math.log(0.9)) / 2
     soft = -(0.3 * math.log(0.2) + 0.7 * math.log(0.8) + 0.6 * math.log(0.9) + 0.4 * math.log(0.1)) / 2
-    assert loss == pytest.approx(hard + weight * soft, rel=1e-6)
+    # as published: 0.1 of the labels, 0.9 of the teacher
+    share = {None: 0.9, 1.0: 0.5, 0.25: 0.2}[weight]
+    assert loss == pytest.approx((1 - share) * hard + share * soft, rel=1e-6)
 
 
 def test_the_teachers_scores_are_mixed_as_the_targets_are():
@@ -409,3 +411,28 @@ def test_the_teachers_scores_are_mixed_as_the_targets_are():
         share = mixed[clip, clip]  # what is left of the clip's own label
         assert 0.05 < share < 0.95
         torch.testing.assert_close(mixed[clip, 3:], share * teacher[clip] + (1 - share) * teacher[clip + 2])
+
+
+@pytest.mark.parametrize("temperature", [None, 1.0, 2.5])
+def test_a_clip_without_a_teacher_has_its_own_labels_in_mixtures_too(temperature):
+    modules = {name: nn.Identity() for name in ("mean_var_norm", "embedding_model", "classifier")}
+    modules["compute_features"] = KaldiFbank(n_frames=10)
+    hparams = {"modules": modules, "mixup": WaveformMixup(), "spec_augment": None, "distillation_temperature": temperature}
+    brain = TaggingBrain(modules, hparams=hparams, run_opts={"device": "cpu"})
+    targets, teacher = torch.eye(4)[:, :3], torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
+    # of the pairs (0, 2) and (1, 3): a partner without scores, and a clip
+    teacher[1:3] = math.nan
+    batch = SimpleNamespace(
+        sig=(torch.randn(4, 2000), torch.ones(4)),
+        target=SimpleNamespace(data=targets),
+        teacher=SimpleNamespace(data=teacher.half()),
+        partner=[0, 0, 1, 1],
+    )
+    batch.to = lambda device: batch
+    _, mixed = brain.compute_forward(batch, Stage.TRAIN)
+    logits = torch.logit(teacher.half().float())
+    soft = torch.sigmoid(logits / (temperature or 1.0))
+    taught = torch.where(teacher.isnan(), targets, soft)
+    for clip in (0, 1):
+        share = mixed[clip, clip]
+        torch.testing.assert_close(mixed[clip, 3:], share * taught[clip] + (1 - share) * taught[clip + 2])

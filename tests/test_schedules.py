@@ -1,6 +1,7 @@
 """The rate at every step, against the numbers of PSLA's published training."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hyperpyyaml import load_hyperpyyaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psla_sb.experiment.schedules import WarmupDecayScheduler
+from psla_sb.experiment.schedules import ExponentialLinearScheduler, WarmupDecayScheduler
 
 
 def optimizer_with(lr=1.0, n_groups=1):
@@ -119,3 +120,47 @@ def test_from_yaml():
 def test_wrong_arguments(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         WarmupDecayScheduler(**{"lr": 1.0, "decay_start": 1, **wrong})
+
+
+def published_factor(epoch, warmup=8, start=80, length=95, last=0.01):
+    """PaSST's and EfficientAT's, of epochs from 0, restated from its description."""
+    if epoch < warmup:
+        return math.exp(-5.0 * (1.0 - min(max(epoch, 0.5), warmup) / warmup) ** 2)
+    if epoch <= start:
+        return 1.0
+    return last + (1 - last) * (length - epoch + start) / length if epoch - start < length else last
+
+
+def test_exponential_warmup_and_linear_fall():
+    scheduler, optimizer, found = ExponentialLinearScheduler(lr=8e-4), optimizer_with(lr=5.0), []
+    for epoch in range(1, 201):
+        scheduler.on_step(optimizer, 100 * (epoch - 1))
+        scheduler.on_step(optimizer, 100 * (epoch - 1) + 1)
+        found.append(optimizer.param_groups[0]["lr"] / 8e-4)
+        scheduler.on_epoch_end(optimizer, epoch)
+    assert found == pytest.approx([published_factor(epoch) for epoch in range(200)], abs=1e-12)
+    # by hand: e = 0 counts as 0.5; half of the fall is at 80 + 47.5
+    assert found[0] == pytest.approx(math.exp(-5 * (15 / 16) ** 2))
+    assert (found[8], found[80], found[175], found[199]) == (1.0, 1.0, pytest.approx(0.01), pytest.approx(0.01))
+
+
+def test_exponential_linear_resumes_from_the_optimizer_alone():
+    whole, first = ExponentialLinearScheduler(1.0, 3, 4, 5), optimizer_with()
+    for epoch in range(1, 4):
+        whole.on_step(first, 10 * (epoch - 1))
+        whole.on_epoch_end(first, epoch)
+    resumed = optimizer_with(lr=123.0)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    again = ExponentialLinearScheduler(1.0, 3, 4, 5)
+    for epoch in range(4, 12):
+        for optimizer, scheduler in ((first, whole), (resumed, again)):
+            scheduler.on_step(optimizer, 10 * (epoch - 1))
+        assert first.param_groups[0]["lr"] == resumed.param_groups[0]["lr"] == whole.factor(epoch - 1)
+        for optimizer, scheduler in ((first, whole), (resumed, again)):
+            scheduler.on_epoch_end(optimizer, epoch)
+
+
+@pytest.mark.parametrize("wrong", [{"lr": 0}, {"end": 2}, {"warmup_epochs": -1}, {"decay_start": -1}, {"decay_epochs": 0}])
+def test_wrong_arguments_of_the_exponential_linear_scheduler(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ExponentialLinearScheduler(**{"lr": 1.0, **wrong})

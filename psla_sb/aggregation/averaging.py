@@ -1,6 +1,6 @@
 """One model from the weights of several: their mean, and batch-norm statistics estimated anew."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,18 +91,24 @@ class _TrainingNorms(nn.Module):
         return chain.call(self.network, *feats_and_lens)
 
 
-def update_batch_norm(modules: Mapping[str, nn.Module], loader: Iterable[Any], n_samples: int | None = None) -> None:
+def update_batch_norm(
+    modules: Mapping[str, nn.Module],
+    loader: Iterable[Any],
+    n_samples: int | None = None,
+    check: Callable[[Any], None] = check_audio,
+) -> None:
     """Estimates an encoder's batch-norm statistics anew, as averaged weights may need.
 
     Theirs are those of no model that was trained (Izmailov et al., "Averaging weights leads to wider optima and better
-    generalization", UAI 2018). Every batch of training clips counts the same; clips are neither mixed nor masked.
+    generalization", UAI 2018). Every batch of training clips counts the same; clips are neither mixed nor masked. `check` looks
+    for broken sounds in each batch.
     """
     encoder = modules["embedding_model"]
     device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
 
     def features() -> Iterator[list]:
         for batch in loader:
-            check_audio(batch)
+            check(batch)
             wavs, lens = (x.to(device) for x in batch.sig)
             # `update_bn` gives a network the first element of a list
             yield [chain.features(modules, wavs, lens, n_samples=n_samples)]

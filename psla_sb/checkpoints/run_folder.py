@@ -30,8 +30,18 @@ def snapshot_path(folder: str | Path, epoch: int) -> Path:
 
 
 def average_path(folder: str | Path) -> Path:
-    """Where the average of the last epochs' weights is."""
+    """Where the average of the weights is: the one of them that is the better on the validation set."""
     return Path(folder) / "snapshots" / "average.safetensors"
+
+
+def swa_path(folder: str | Path) -> Path:
+    """Where the mean of some epochs' weights is, in a run that has a moving average as well."""
+    return Path(folder) / "snapshots" / "swa.safetensors"
+
+
+def ema_path(folder: str | Path) -> Path:
+    """Where the exponential moving average of the weights is, of the last epoch."""
+    return Path(folder) / "snapshots" / "ema.safetensors"
 
 
 def prediction_path(folder: str | Path, name: str) -> Path:

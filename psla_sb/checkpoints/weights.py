@@ -56,6 +56,12 @@ def move_statistics(module: nn.Module, device: str | torch.device) -> None:
         part.to(device)
 
 
+def copy_statistics(module: nn.Module, other: nn.Module) -> None:
+    """Copies the statistics of SpeechBrain's normalisations, which an average of weights knows nothing of, to another module."""
+    for (_, part), (_, copied) in zip(_normalisers(module), _normalisers(other), strict=True):
+        copied._load_statistics_dict(part._statistics_dict())
+
+
 def persistent_buffers(module: nn.Module) -> list[torch.Tensor]:
     """The buffers that are in a module's state dict, such as the statistics of its batch normalisations."""
     return [

@@ -1,6 +1,7 @@
 """What happens to a batch, and at the end of an epoch."""
 
 import inspect
+import itertools
 import json
 import logging
 import resource
@@ -20,14 +21,23 @@ from speechbrain.utils.epoch_loop import EpochCounterWithStopper
 from speechbrain.utils.logger import get_logger
 from torch import Tensor
 
-from psla_sb.checkpoints.run_folder import prediction_path, read_results, snapshot_path, sounds_path, write_results, write_scores
+from psla_sb.checkpoints.run_folder import (
+    ema_path,
+    prediction_path,
+    read_results,
+    snapshot_path,
+    sounds_path,
+    write_results,
+    write_scores,
+)
 from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, save_weights, trained_modules
 from psla_sb.dataio.bad_clips import audio_check, check_audio, state_of_bad_clips
 from psla_sb.dataio.batches import ClipBatch, Reading
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError, Interrupted
-from psla_sb.experiment.device import DeviceBrain
+from psla_sb.experiment.averages import EMA, SWA, AveragingBrain
+from psla_sb.experiment.losses import DISTILLATION_WEIGHT, EPSILON, binary_cross_entropy, softened, with_teacher
 from psla_sb.experiment.pace import Pace, duration_text
 from psla_sb.experiment.trackers import go_on, log_epoch
 from psla_sb.files import write_file
@@ -38,7 +48,6 @@ logger = get_logger(__name__)
 # SpeechBrain does not, and its checkpoints have the epoch alone: a training that has ended early would go on
 register_checkpoint_hooks(EpochCounterWithStopper)
 
-EPSILON = 1e-7
 STEPS_BEFORE_ETA = 8
 
 
@@ -52,21 +61,7 @@ def n_partners_of(batch: PaddedBatch) -> int:
     return int(torch.as_tensor(batch.partner).sum())
 
 
-def binary_cross_entropy(probabilities: Tensor, targets: Tensor) -> Tensor:
-    """The mean over clips and classes of the binary cross-entropy of probabilities `[batch, classes]` with targets in [0, 1].
-
-    PyTorch's own function stops the program where a probability is not a number; this one gives a loss that is none.
-
-    Example
-    -------
-    >>> binary_cross_entropy(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
-    tensor(0.6931)
-    """
-    p, t = probabilities, targets
-    return -(t * p.log() + (1 - t) * (1 - p).log()).mean()
-
-
-class TaggingBrain(DeviceBrain):
+class TaggingBrain(AveragingBrain):
     """Trains and scores a tagger made of `compute_features`, `mean_var_norm`, `embedding_model` and `classifier`.
 
     Besides SpeechBrain's own, the hyperparameters `seed`, `n_classes`, `output_folder`, `modules`, `waveform_augment`
@@ -98,17 +93,6 @@ class TaggingBrain(DeviceBrain):
     pace: Any = None  # a Pace, once an epoch has begun
     _scored: deque[tuple[Tensor, Reading]]
     valid_manifest: Manifest | None = None
-    # by stage; replaced, never changed
-    audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
-    n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
-
-    def scores(self, wavs: Tensor, wav_lens: Tensor) -> Tensor:
-        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation."""
-        # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
-        modules = self.hparams.modules
-        if self.n_samples is None:
-            return chain.by_length(lambda clips: chain.probabilities(modules, clips), wavs, wav_lens)
-        return chain.probabilities(modules, wavs, wav_lens, n_samples=self.n_samples)
 
     def compute_forward(self, batch: PaddedBatch, stage: sb.Stage) -> tuple[Tensor, Tensor]:
         """Probabilities and targets, both `[batch, classes]`; training mixes clips and masks features first.
@@ -119,11 +103,13 @@ class TaggingBrain(DeviceBrain):
         wavs, wav_lens = batch.sig
         targets = batch.target.data
         if hasattr(batch, "teacher"):
-            targets = torch.cat([targets, batch.teacher.data], dim=1)
+            # before clips are mixed: in a mixture, too, a clip that no teacher has heard has its own labels
+            teacher = softened(batch.teacher.data, getattr(self.hparams, "distillation_temperature", None) or 1.0)
+            targets = torch.cat([targets, torch.where(teacher.isnan(), targets, teacher)], dim=1)
         if stage != sb.Stage.TRAIN:
             return self.scores(wavs, wav_lens), targets
         wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, n_partners_of(batch))
-        return chain.probabilities(self.modules, wavs, wav_lens, self.hparams.spec_augment, self.n_samples), targets
+        return chain.probabilities(self.modules, wavs, wav_lens, self.augment_features, self.n_samples), targets
 
     def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
         """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone."""
@@ -143,6 +129,12 @@ class TaggingBrain(DeviceBrain):
             )
         return wavs, wav_lens, targets
 
+    def augment_features(self, feats: Tensor, lens: Tensor) -> Tensor:
+        """Does what `feature_augment` lists to features `[batch, frames, mels]`, in this order; by default `spec_augment`."""
+        for augment in as_list(getattr(self.hparams, "feature_augment", self.hparams.spec_augment)):
+            feats = chain.call(augment, feats, lens)
+        return feats
+
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Takes probabilities and targets `[batch, classes]`."""
@@ -151,8 +143,7 @@ class TaggingBrain(DeviceBrain):
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
 
-        With a teacher, `distillation_weight` times the cross-entropy with its scores is added (Hinton, Vinyals, Dean, "Distilling
-        the knowledge in a neural network", 2015; for audio tagging, Schmid, Koutini, Widmer, ICASSP 2023).
+        With a teacher, `with_teacher`: the mean of that and of the cross-entropy with its scores, by `distillation_weight`.
         """
         probabilities, targets = predictions
         if stage != sb.Stage.TRAIN:
@@ -160,8 +151,7 @@ class TaggingBrain(DeviceBrain):
             self.collect_scores(self.most_behind)
         with torch.autocast(self.device_type, enabled=False):
             p = probabilities.float().clamp(EPSILON, 1 - EPSILON)
-            loss, *distillation = (self.loss(p, t) for t in targets.split(p.shape[1], dim=1))
-            return loss + getattr(self.hparams, "distillation_weight", 1.0) * sum(distillation)
+            return with_teacher(self.loss, p, targets, getattr(self.hparams, "distillation_weight", DISTILLATION_WEIGHT))
 
     def collect_scores(self, still_running: int = 0) -> None:
         """Takes up the scores of batches; the last `still_running` may not be there."""
@@ -219,7 +209,9 @@ class TaggingBrain(DeviceBrain):
         try:
             with self.evaluation_ctx:
                 out = self.compute_forward(batch, stage=stage)
-                return self.compute_objectives(out, batch, stage=stage).detach()
+                loss = self.compute_objectives(out, batch, stage=stage).detach()
+                self.score_with_averages(batch)
+                return loss
         except torch.OutOfMemoryError as error:
             reason = str(error).partition(". ")[0]
         raise self._too_large(len(batch.id), "valid_batch_size", reason, self._try_to_score)
@@ -276,10 +268,11 @@ class TaggingBrain(DeviceBrain):
 
     def on_fit_start(self) -> None:
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
+        self.begin_averages()
         super().on_fit_start()
         move_statistics(self.modules, self.device)
-        augmentations = as_list(getattr(self.hparams, "waveform_augment", None))
-        for part in (*augmentations, getattr(self.hparams, "spec_augment", None), self.loss):
+        augmentations = (as_list(getattr(self.hparams, f"{of}_augment", None)) for of in ("waveform", "feature", "spec"))
+        for part in (*itertools.chain(*augmentations), self.loss):
             if isinstance(part, torch.nn.Module):
                 part.to(self.device)
         # what a killed run wrote of an epoch that it did not finish is written again
@@ -302,6 +295,7 @@ class TaggingBrain(DeviceBrain):
                 torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self.stats, self._scored = TaggingStats(self.n_clips[stage], self.hparams.n_classes), deque()
+            self.begin_validation(epoch if stage == sb.Stage.VALID else None)
             if self.valid_manifest is not None and stage == sb.Stage.VALID and if_main_process():
                 # before they are read: what is changed while they are is not what was scored
                 self.valid_sounds = {"sounds": self.valid_manifest.state_of_files()}
@@ -320,6 +314,7 @@ class TaggingBrain(DeviceBrain):
             return
         self.collect_scores()
         self.stats.reduce()
+        self.average_scores = self.end_validation()
         if stage == sb.Stage.VALID and epoch is not None:
             self.on_epoch_end(epoch)
 
@@ -344,6 +339,7 @@ class TaggingBrain(DeviceBrain):
             "valid_loss": figures["loss"] if self.loss is binary_cross_entropy else self.loss_of(self.stats),
             **{name: figures[name] for name in FIGURES},
             "ensemble_mAP": self.ensemble_with(epoch, self.stats.scores.numpy())["mAP"],
+            **self.figures_of_averages(self.average_scores, self.stats.targets.numpy()),
         }
         self.epochs.append(record)
         self.timing.append({"epoch": epoch, **self.measured(epoch)})
@@ -351,8 +347,12 @@ class TaggingBrain(DeviceBrain):
             bad = state_of_bad_clips(self.valid_manifest, self.audio_checks[sb.Stage.VALID])
             write_file(sounds_path(folder, epoch), json.dumps({**self.valid_sounds, **bad, "precision": self.eval_precision}))
         save_weights(trained_modules(self.hparams.modules), snapshot_path(folder, epoch))
+        if self.ema is not None:
+            save_weights(self.ema.modules_of, ema_path(folder))
         write_results(folder, {"epochs": self.epochs, "timing": self.timing})
-        log_epoch(as_list(self.hparams.train_logger), record, self.timing[-1], [*FIGURES, "ensemble_mAP"])
+        log_epoch(
+            as_list(self.hparams.train_logger), record, self.timing[-1], [*FIGURES, "ensemble_mAP", f"{EMA}_mAP", f"{SWA}_mAP"]
+        )
         return record
 
     def measured(self, epoch: int) -> dict[str, float]:

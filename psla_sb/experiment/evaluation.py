@@ -14,21 +14,24 @@ from psla_sb.checkpoints.run_folder import (
     average_path,
     best_epoch,
     clips_path,
+    ema_path,
     prediction_path,
     read_results,
     snapshot_path,
     sounds_path,
+    swa_path,
     write_results,
     write_scores,
 )
 from psla_sb.checkpoints.sources import Snapshot
 from psla_sb.checkpoints.tagger_folder import trust_options
-from psla_sb.checkpoints.weights import load_into, save_weights, trained_modules
+from psla_sb.checkpoints.weights import load_into, load_weights, save_weights, trained_modules
 from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.bad_clips import audio_check, csv_line, state_of_sounds
 from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.errors import InputError
+from psla_sb.experiment.averages import EMA, SWA, averaged_epochs
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
 from psla_sb.files import read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
@@ -45,6 +48,9 @@ MEANING = {
     "loss": "binary cross-entropy, mean over clips and classes",
     **{name: metric.meaning for name, metric in METRICS.items()},
     "ensemble_mAP": "mAP of the mean of the scores of all epochs so far",
+    "ema_mAP": "mAP of the exponential moving average of the weights",
+    "swa_mAP": "mAP of the mean of the weights of the epochs so far that are averaged",
+    "tagger": "which weights the row weight_average is of, and so the tagger: the better of swa and ema on the validation set",
     "n_classes_left_out": "classes without a positive clip, which are in none of the means",
     "clips": "that the evaluation is of: annotation, number, digest of the IDs; their labels, and those of the published set",
     "calibration": "of the weight average: figures of its probabilities and decisions on the clips that the evaluation is of",
@@ -58,12 +64,15 @@ MEANING = {
     "micro_F1": "F1 score at the thresholds, of all pairs of clip and class together",
     "evaluation": "figures on the test set, or on the validation set where there is no test set",
 }
+AVERAGE = "weight_average"
 ROWS = {
     "chance": "chance (mean class prior)",
     "last": "last epoch",
     "best": "best epoch on the validation set",
     "last_epochs_mean": "mean of the last epochs",
     "weight_average": "average of the last epochs' weights",
+    SWA: "mean of the last epochs' weights",
+    EMA: "exponential moving average of weights",
     "ensemble": "ensemble of all epochs' predictions",
 }
 
@@ -80,7 +89,8 @@ def evaluate(
 
     `name` is "valid" if the data set is what every epoch was scored on, "test" if not; then `valid_set` is what they were scored
     on. On AudioSet there is no validation set: the evaluation clips are scored after every epoch, and those scores serve here. The
-    modules get the averaged weights, whose probabilities and thresholds are fitted on the validation set: `calibration.json`.
+    modules get the averaged weights, of the mean of epochs and a moving average those that are better on the validation set, to
+    which their probabilities and thresholds are fitted: `calibration.json`.
     """
     hparams, folder = brain.hparams, Path(brain.hparams.output_folder)
     results = run_on_main(read_results, [folder])
@@ -88,18 +98,21 @@ def evaluate(
     if not epochs:
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
-    # a negative number counts from the end, which an early one may be
-    first = hparams.average_start if hparams.average_start >= 0 else numbers[-1] + 1 + hparams.average_start
-    averaged = [number for number in numbers if number >= first] or numbers[-1:]
+    averaged = averaged_epochs(numbers, numbers[-1], hparams.average_start, getattr(hparams, "average_every", None) or 1)
+    # with a moving average there are two to choose from
+    with_ema = getattr(hparams, "ema_decay", None) is not None
+    candidates = {SWA: swa_path(folder), EMA: ema_path(folder)} if with_ema else {AVERAGE: average_path(folder)}
 
     def write_average() -> None:
         load_into(trained_modules(hparams.modules), average_weights([snapshot_path(folder, number) for number in averaged]))
+        brain.estimate_batch_norm(trained_modules(hparams.modules))
         # what was fitted to another average must not stand beside this one
         (folder / CALIBRATION).unlink(missing_ok=True)
-        save_weights(trained_modules(hparams.modules), average_path(folder))
+        save_weights(trained_modules(hparams.modules), next(iter(candidates.values())))
 
     run_on_main(write_average)
-    wait_for(average_path(folder))
+    for file in candidates.values():
+        wait_for(file)
 
     def clips_of(dataset: TaggingDataset) -> Manifest:
         if not brain.debug:
@@ -108,10 +121,9 @@ def evaluate(
         n_clips = len(np.load(prediction_path(folder, f"valid_epoch_{numbers[-1]:02d}"), mmap_mode="r"))
         return Manifest(dataset.data.table.slice(0, n_clips), dataset.data.data_root, dataset.data.source)
 
-    def scored(name: str, manifest: Manifest, check: Callable, also: Sequence[int]) -> np.ndarray:
-        """Scores a set with the weight average, whose scores are returned, and with some epochs."""
-        average = f"{name}_weight_average"
-        members = {average: in_memory(brain, average_path(folder))}
+    def scored(name: str, manifest: Manifest, check: Callable, also: Sequence[int]) -> dict[str, np.ndarray]:
+        """Scores a set with the averages, whose scores are returned, and with some epochs."""
+        members = {f"{name}_{which}": in_memory(brain, path) for which, path in candidates.items()}
         members |= {f"{name}_epoch_{number:02d}": in_memory(brain, snapshot_path(folder, number)) for number in also}
         scores = score(
             members,
@@ -124,7 +136,7 @@ def evaluate(
             crop=getattr(hparams, "eval_crop", "first"),
             check=check,
         )
-        return scores[average]
+        return {which: scores[f"{name}_{which}"] for which in candidates}
 
     def check_of(name: str, manifest: Manifest) -> Callable:
         return audio_check(getattr(hparams, "on_bad_audio", "error"), folder, name, len(manifest))
@@ -132,13 +144,32 @@ def evaluate(
     manifest = clips_of(dataset)
     targets, check = manifest.targets(vocabulary), check_of(name, manifest)
     again = numbers if name == "test" else run_on_main(_stale, [brain, numbers, manifest, check])
-    average = scored(name, manifest, check, again)
-    held_out, held_out_targets = average, targets
+    averages = scored(name, manifest, check, again)
+    held_out, held_out_targets = averages, targets
     if valid_set is not None:
         clips = clips_of(valid_set)
         held_out, held_out_targets = scored("valid", clips, check_of("valid", clips), ()), clips.targets(vocabulary)
-    fitted = run_on_main(_calibrate, [brain, vocabulary, held_out, held_out_targets])
-    return run_on_main(_report, [brain, results, name, manifest, vocabulary, averaged, targets, average, fitted])
+    tagger = run_on_main(_choose, [brain, candidates, held_out, held_out_targets, {name: averages, "valid": held_out}])
+    fitted = run_on_main(_calibrate, [brain, vocabulary, held_out[tagger], held_out_targets])
+    return run_on_main(_report, [brain, results, name, manifest, vocabulary, averaged, targets, averages, tagger, fitted])
+
+
+def _choose(
+    brain: TaggingBrain,
+    candidates: Mapping[str, Path],
+    held_out: Mapping[str, np.ndarray],
+    targets: np.ndarray,
+    scored: Mapping[str, Mapping[str, np.ndarray]],
+) -> str:
+    """Makes the better of several averages on the validation set the weight average, in the modules too; returns its name."""
+    if len(candidates) == 1:
+        return AVERAGE
+    folder, best = brain.hparams.output_folder, max(candidates, key=lambda name: summarize(held_out[name], targets)["mAP"])
+    load_into(trained_modules(brain.hparams.modules), load_weights(candidates[best]), candidates[best])
+    save_weights(trained_modules(brain.hparams.modules), average_path(folder))
+    for which, of_each in scored.items():
+        write_scores(folder, f"{which}_{AVERAGE}", np.asarray(of_each[best]))
+    return best
 
 
 def _calibrate(brain: TaggingBrain, vocabulary: Vocabulary, scores: np.ndarray, targets: np.ndarray) -> Calibration:
@@ -164,7 +195,8 @@ def _report(
     vocabulary: Vocabulary,
     averaged: list[int],
     targets: np.ndarray,
-    weight_average: np.ndarray,
+    averages: Mapping[str, np.ndarray],
+    tagger: str,
     calibration: Calibration,
 ) -> dict[str, Any]:
     """Computes the figures of what was scored, and writes them and the ensemble's scores."""
@@ -183,8 +215,14 @@ def _report(
             epoch |= {"valid_loss": figures["loss"]} if brain.loss is binary_cross_entropy else {}
     best = best_epoch(epochs)
     last_epochs_mean = {figure: float(np.mean([each[number][figure] for number in averaged])) for figure in FIGURES}
+    weight_average = averages[tagger]
+    of_averages = {which: {**summarize(scores, targets), "epochs": averaged} for which, scores in averages.items()}
+    if EMA in of_averages:
+        of_averages[EMA]["epochs"] = numbers
+    results["tagger"] = tagger
     results["evaluation"] = {
-        "weight_average": {**summarize(weight_average, targets), "epochs": averaged},
+        AVERAGE: of_averages[tagger],
+        **of_averages,
         "last": {**{figure: each[numbers[-1]][figure] for figure in FIGURES}, "epochs": numbers[-1:]},
         "best": {**{figure: each[best][figure] for figure in FIGURES}, "epochs": [best]},
         "last_epochs_mean": {**last_epochs_mean, "epochs": averaged},
@@ -286,6 +324,8 @@ def results_table(results: Mapping[str, Any], published: Mapping[str, float]) ->
     lines = [f"{'':36}{table_heads()}" + (f"{'published':>11}" if published else "")]
     for key, title in ROWS.items():
         if key in results["evaluation"]:
+            if key == AVERAGE and EMA in results["evaluation"]:
+                title = "the tagger: the better of the next two"
             cells = table_cells(results["evaluation"][key])
             lines.append(f"{title:36}{cells}" + (f"{published[key]:11.3f}" if key in published else ""))
     if baseline := results.get("baseline"):

@@ -27,6 +27,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
 from psla_sb.errors import InputError
 from psla_sb.experiment.hparams import resolve
+from psla_sb.experiment.losses import DISTILLATION_WEIGHT
 from psla_sb.files import write_json
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.vocabulary import Vocabulary
@@ -42,14 +43,16 @@ MAY_CHANGE = {
     *("class_list", "train_annotation", "valid_annotation", "test_annotation", "expected_clips", "teacher_scores"),
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
     *("num_workers", "valid_batch_size", "compile_model"),
-    *("number_of_epochs", "epoch_counter", "patience", "average_start", "published", "published_with"),
+    *("number_of_epochs", "epoch_counter", "patience", "average_start", "average_every", "validate_average"),
+    *("published", "published_with"),
     *("target_precision", "report", "baseline"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),
 }
 # What a file without the key means.
 DEFAULTS = {
-    **{"train_crop": "first", "eval_crop": "first", "distillation_weight": 1.0},
+    **{"train_crop": "first", "eval_crop": "first", "distillation_weight": DISTILLATION_WEIGHT},
+    **{"distillation_temperature": None, "ema_decay": None, "batch_norm_clips": None},
     **{"waveform_augment": "a list of 1", "waveform_augment.0": "= mixup"},
     "loss": "!name:psla_sb.experiment.brain.binary_cross_entropy",
     "brain_class": "!name:psla_sb.experiment.brain.TaggingBrain",
@@ -201,7 +204,9 @@ def settings_of(file: str | Path, overrides: Settings, run_opts: RunOptions) -> 
     keys = read_yaml(file)
     places = {key: key.upper() for key in PLACES if keys.get(key, overrides.get(key)) is not None}
     known = {key: value for key, value in {**overrides, **places}.items() if key in keys}
-    return flat(_with_options(resolve(file, known), run_opts))
+    # of keys that the file need not have
+    more = {key: overrides[key] for key in DEFAULTS if key in overrides and key not in keys}
+    return flat(_with_options({**resolve(file, known), **more}, run_opts))
 
 
 def checkpoints_folder(settings: Settings) -> Path:
@@ -259,7 +264,14 @@ def contents_of(
     }
     names = hashlib.sha256(json.dumps([vocabulary.mids, vocabulary.names]).encode()).hexdigest()
     sounds = some_loudness(sets["train"][0]) if "train" in sets and processes is not None else None
-    return {"classes": names, "teacher_scores": _digest_of(teacher), "processes": processes, "train_sounds": sounds, **of_sets}
+    return {
+        "classes": names,
+        "teacher_scores": _digest_of(teacher),
+        "teacher_loss": None if teacher is None else "mean",
+        "processes": processes,
+        "train_sounds": sounds,
+        **of_sets,
+    }
 
 
 def _digest_of(scores: np.ndarray | None) -> str | None:
@@ -307,6 +319,11 @@ def _difference(name: str, was: Any, now: Any) -> str | None:
         return "the class list has other classes or names, or in another order"
     if name == "teacher_scores":
         return "teacher_scores has other scores"
+    if name == "teacher_loss":
+        # in a run of before there was this entry
+        return (
+            "its loss was the sum of the labels' and the teacher's, which is their mean by distillation_weight now" if now else None
+        )
     if name == "processes":
         return f"it was trained by {was} processes, which makes its batches, not by {now}"
     if was["clips"] != now["clips"]:

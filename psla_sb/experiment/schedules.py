@@ -1,4 +1,5 @@
-"""Learning rates: PSLA's, a warm-up in stairs by optimizer step and then halving by epoch; one for fine-tuning, by step alone.
+"""Learning rates: PSLA's, a warm-up in stairs by optimizer step and then halving by epoch; that of later systems, by epoch; and one
+for fine-tuning, by step alone.
 
 Source of the first: "PSLA: Improving Audio Tagging with Pretraining, Sampling, Labeling, and Aggregation" (Gong, Chung, Glass;
 IEEE/ACM TASLP vol. 29, 2021) and its published code.
@@ -76,6 +77,72 @@ class WarmupDecayScheduler:
         if epoch >= self.decay_start and (epoch - self.decay_start) % self.decay_interval == 0:
             for group in optimizer.param_groups:
                 group["lr"] *= self.decay_factor
+
+
+@dataclass(eq=False)
+class ExponentialLinearScheduler:
+    """Raises the rate along an exponential, keeps it, and lets it fall along a line, from epoch to epoch.
+
+    In epoch e, counted from 0, the rate is `lr` times exp(-5 (1 - max(e, 0.5) / `warmup_epochs`)^2) while e is below
+    `warmup_epochs`; then 1, up to epoch `decay_start`; from there a line to `end`, which it reaches `decay_epochs` later, and `end`
+    to the last epoch. Source: the schedule of PaSST (Koutini et al., Interspeech 2022) and EfficientAT (Schmid, Koutini, Widmer,
+    ICASSP 2023); the ramp is that of Laine and Aila (ICLR 2017).
+
+    The only state is the rate in the optimizer's parameter groups, as of `WarmupDecayScheduler`.
+
+    Arguments
+    ---------
+    lr
+        The full rate.
+    warmup_epochs, decay_start, decay_epochs
+        In epochs; 0 switches the warm-up off, and a start after the last epoch the fall.
+    end
+        What the rate falls to, as a part of the full one.
+
+    Example
+    -------
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> scheduler = ExponentialLinearScheduler(lr=1.0, warmup_epochs=2, decay_start=3, decay_epochs=2)
+    >>> rates = []
+    >>> for epoch in range(1, 7):
+    ...     scheduler.on_step(optimizer, epoch - 1)
+    ...     rates.append(round(optimizer.param_groups[0]["lr"], 3))
+    ...     scheduler.on_epoch_end(optimizer, epoch)
+    >>> rates
+    [0.06, 0.287, 1.0, 1.0, 0.505, 0.01]
+    """
+
+    lr: float
+    warmup_epochs: int = 8
+    decay_start: int = 80
+    decay_epochs: int = 95
+    end: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and 0 <= self.end <= 1 and self.warmup_epochs >= 0 <= self.decay_start and self.decay_epochs >= 1):
+            wanted = "lr must be positive, end from 0 to 1, warmup_epochs and decay_start at least 0, decay_epochs at least 1"
+            raise ValueError(f"{wanted}, not {self}")
+
+    def factor(self, epoch: int) -> float:
+        """Gives the part of the full rate in an epoch that is counted from 0."""
+        if epoch < self.warmup_epochs:
+            return math.exp(-5 * (1 - max(epoch, 0.5) / self.warmup_epochs) ** 2)
+        fallen = min(1.0, max(0, epoch - self.decay_start) / self.decay_epochs)
+        return 1 - (1 - self.end) * fallen
+
+    def on_step(self, optimizer: Any, step: int) -> None:
+        """Sets the rate of the first epoch, before the first batch, step 0."""
+        if step == 0:
+            self._set(optimizer, 0)
+
+    def on_epoch_end(self, optimizer: Any, epoch: int) -> None:
+        """Sets the rate of the next epoch; `epoch`, which has ended, is counted from 1."""
+        self._set(optimizer, epoch)
+
+    def _set(self, optimizer: Any, epoch: int) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr * self.factor(epoch)
 
 
 @dataclass(eq=False)

@@ -100,7 +100,7 @@ def log_epoch(loggers: Sequence[TrainLogger], record: Mapping[str, Any], timing:
         one.log_stats(
             {"epoch": record["epoch"], "lr": record["lr"], **(_readable(numbers) if as_text else numbers)},
             train_stats={"loss": record["train_loss"]},
-            valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in figures}},
+            valid_stats={"loss": record["valid_loss"], **{name: record[name] for name in figures if name in record}},
         )
 
 

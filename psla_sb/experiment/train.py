@@ -39,6 +39,12 @@ from psla_sb.lobes import chain
 
 logger = get_logger(__name__)
 
+# Keys that a recipe's YAML file need not have.
+OPTIONAL = (
+    *("trust", "track", "compile_model", "target_precision", "report", "baseline"),
+    *("ema_decay", "average_every", "validate_average", "batch_norm_clips", "distillation_temperature"),
+)
+
 
 def main(recipe: str, arguments: list[str] | None = None) -> None:
     """Runs a recipe's `train.py`; see `psla_sb.experiment.launch.main`.
@@ -56,8 +62,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
-    optional = ("trust", "track", "compile_model", "target_precision", "report", "baseline")
-    settings = read_settings(hparams_file, overrides, optional=optional)
+    settings = read_settings(hparams_file, overrides, optional=OPTIONAL)
     folder = Path(settings["output_folder"])
     check_target_precision(settings["target_precision"], hparams_file)
     if settings["report"] not in (None, True, False):
@@ -98,9 +103,16 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     for key in ("loss", "brain_class"):
         if not callable(hparams.get(key) or TaggingBrain):
             raise InputError(f"{hparams_file}: '{key}' must name a class or a function (!name:...), not {hparams[key]!r}")
+    for key in ("waveform_augment", "feature_augment", "spec_augment"):
+        for part in as_list(hparams.get(key)):
+            if not callable(part):
+                # the YAML parser loses tags of a list that a comment stands before
+                wrong = f"must list callables (!new:...), not {part!r}; write no comment between '{key}:' and its list"
+                raise InputError(f"{hparams_file}: '{key}' {wrong}")
     brain = (hparams.get("brain_class") or TaggingBrain)(
         hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"]
     )
+    brain.train_clips = train_set
     if hparams.get("pretrained_tagger") is not None:
         transfer = load_pretrained_tagger(hparams["pretrained_tagger"], hparams["modules"], vocabulary)
         logger.info("Starting from %s: %s", hparams["pretrained_tagger"], transfer)
@@ -151,7 +163,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
             reason = remarks.why_not_published(hparams_file, overrides, run_opts, compared, to_go)
         table = results_table(results, {} if reason else published)
         note = f"\nPublished figures are not beside these: {reason}." if reason else ""
-        if (first := results["evaluation"]["weight_average"]["epochs"][0]) < hparams["average_start"]:
+        rows = results["evaluation"]
+        if (first := rows.get("swa", rows["weight_average"])["epochs"][0]) < hparams["average_start"]:
             note += f"\nThe weight average is of epoch {first} alone: average_start is {hparams['average_start']}."
         logger.info("\n%s%s\n\n%s", table, note, example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws

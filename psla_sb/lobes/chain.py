@@ -66,13 +66,14 @@ def features(
     modules: Mapping[str, Any],
     wavs: Tensor,
     wav_lens: Tensor | None = None,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None,
     n_samples: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes normalised features `[batch, frames, mels]`, float32, and their relative lengths, of waveforms `[batch, samples]`.
 
-    `augment` is done to the features before they are normalised. Waveforms are cut or filled up to `n_samples`, so that a clip's
-    features do not depend on the batch that it is in; a `LogMel`, such as `KaldiFbank`, does this by itself, to its `n_frames`.
+    `augment` takes the features and their relative lengths before they are normalised. Waveforms are cut or filled up to
+    `n_samples`, so that a clip's features do not depend on the batch that it is in; a `LogMel`, such as `KaldiFbank`, does this by
+    itself, to its `n_frames`.
     """
     front_end = unwrapped(modules["compute_features"])
     lens = torch.ones(len(wavs), device=wavs.device) if wav_lens is None else wav_lens.to(wavs.device)
@@ -83,9 +84,9 @@ def features(
         else:
             wavs = wavs if n_samples is None else F.pad(wavs, (0, n_samples - wavs.shape[1]))
             feats = call(modules["compute_features"], wavs, rescaled(lens, length, n_samples))
-        if augment is not None:
-            feats = augment(feats)
         lens = rescaled(lens, length, n_samples)
+        if augment is not None:
+            feats = augment(feats, lens)
         return call(modules["mean_var_norm"], feats, lens), lens
 
 
@@ -146,7 +147,7 @@ def probabilities(
     modules: Mapping[str, Any],
     wavs: Tensor,
     wav_lens: Tensor | None = None,
-    augment: Callable[[Tensor], Tensor] | None = None,
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None,
     n_samples: int | None = None,
 ) -> Tensor:
     """Computes probabilities `[batch, classes]` of waveforms; arguments as of `features`.

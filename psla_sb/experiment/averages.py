@@ -1,0 +1,233 @@
+"""Averages of the weights of a training, validated beside the weights that are trained.
+
+    weights    w1 ---- w2 ---- w3 ---- w4 ---- w5 ---- w6 ----      after each epoch
+    EMA        an exponential moving average, of every optimizer step (key `ema_decay`)
+    SWA                         w3,     .       w3+w5   .           the mean of some epochs' (`average_start`, `average_every`)
+
+SWA: Izmailov et al., "Averaging weights leads to wider optima and better generalization", UAI 2018.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import speechbrain as sb
+import torch
+from speechbrain.dataio.batch import PaddedBatch
+from speechbrain.utils.distributed import if_main_process
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from psla_sb.aggregation.averaging import average_weights, update_batch_norm
+from psla_sb.checkpoints.run_folder import snapshot_path
+from psla_sb.checkpoints.weights import copy_statistics, load_into, state_of, trained_modules
+from psla_sb.dataio.bad_clips import check_audio
+from psla_sb.dataio.batches import Reading
+from psla_sb.dataio.dataset import TaggingDataset, clip_loader
+from psla_sb.errors import InputError
+from psla_sb.experiment.device import DeviceBrain
+from psla_sb.lobes import chain
+from psla_sb.metrics import TaggingStats, summarize
+
+EMA, SWA = "ema", "swa"
+
+
+class Ema(AveragedModel):
+    """Keeps an exponential moving average of modules' weights and statistics, in float32, on their device.
+
+    Step n, counted from 0, weighs the average so far with min(1 - (1 + n)^(-2/3), `decay`), so that the random weights of the
+    start are soon forgotten; as timm's `ModelEmaV3` with warm-up does. Buffers are averaged too; whole numbers are copied.
+
+    Example
+    -------
+    >>> linear = nn.Linear(1, 1, bias=False)
+    >>> ema = Ema({"classifier": linear}, decay=0.9)
+    >>> for weight in (1.0, 2.0):
+    ...     _ = nn.init.constant_(linear.weight, weight)
+    ...     ema.update()
+    >>> ema.modules_of["classifier"].weight.item()  # 2 ** (-2 / 3) = 0.63
+    1.629960...
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"ema_decay must be at least 0 and less than 1, such as 0.999, or null for none; not {decay!r}")
+        self.decay = decay
+        super().__init__(nn.ModuleDict(modules), multi_avg_fn=self._average, use_buffers=True)
+        self.module.requires_grad_(False).eval()
+        # not a submodule: its weights are others'
+        self._live = (nn.ModuleDict(modules),)
+
+    @property
+    def modules_of(self) -> dict[str, nn.Module]:
+        """The averaged modules, by name."""
+        return dict(self.module.named_children())
+
+    def update(self) -> None:
+        """Takes up the weights as they are now."""
+        self.update_parameters(self._live[0])
+
+    def _average(self, averages: Any, weights: Any, n_averaged: Any) -> None:
+        if not averages[0].is_floating_point():
+            torch._foreach_copy_(averages, weights)
+            return
+        # the argument may be on a GPU, which must not be waited for; the counter is not
+        decay = min(1 - (1 + int(self.n_averaged)) ** (-2 / 3), self.decay)
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def averaged_epochs(numbers: Sequence[int], last: int, start: int, every: int) -> list[int]:
+    """Picks the epochs whose weights are averaged: `start` and every `every`-th after it; the last one there is, if there are none.
+
+    A negative `start` counts back from `last`, -1 being that epoch itself.
+
+    Example
+    -------
+    >>> averaged_epochs(range(1, 11), 10, 4, 3), averaged_epochs(range(1, 11), 10, -2, 1), averaged_epochs([1, 2], 2, 9, 1)
+    ([4, 7, 10], [9, 10], [2])
+    """
+    if not (isinstance(every, int) and every >= 1):
+        raise InputError(f"average_every must be a whole number of epochs, 1 or more, not {every!r}")
+    first = start if start >= 0 else max(1, last + 1 + start)
+    return [number for number in numbers if number >= first and (number - first) % every == 0] or list(numbers[-1:])
+
+
+class AveragingBrain(DeviceBrain):
+    """A Brain that keeps averages of its weights and scores validation clips with them too.
+
+    Hyperparameters, all optional: `ema_decay` (None: no moving average), `validate_average` (whether the mean of epochs is
+    validated after each of them), `average_start`, `average_every`, and `batch_norm_clips`: from so many training clips the
+    batch-norm statistics of averaged weights are estimated anew (None: they are averaged like weights).
+    """
+
+    ema: Ema | None = None
+    epochs: list[dict[str, Any]]
+    train_clips: TaggingDataset | None = None  # from which batch-norm statistics are estimated
+    audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012 - replaced, never changed
+    n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
+    # during a validation: the modules of each average, and what they have scored
+    _validated: dict[str, dict[str, Any]] = {}  # noqa: RUF012
+    _average_stats: dict[str, TaggingStats] = {}  # noqa: RUF012
+
+    def scores(self, wavs: Tensor, wav_lens: Tensor, modules: Mapping[str, Any] | None = None) -> Tensor:
+        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation, by the trained modules or others."""
+        # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
+        used = self.hparams.modules if modules is None else modules
+        if self.n_samples is None:
+            return chain.by_length(lambda clips: chain.probabilities(used, clips), wavs, wav_lens)
+        return chain.probabilities(used, wavs, wav_lens, n_samples=self.n_samples)
+
+    def begin_averages(self) -> None:
+        """Begins the moving average, or goes on with that of the checkpoint; to be called before the checkpoint is loaded."""
+        decay = getattr(self.hparams, "ema_decay", None)
+        if decay is None:
+            return
+        self.ema = Ema(trained_modules(self.hparams.modules), decay)
+        if self.checkpointer is not None:
+            self.checkpointer.add_recoverable(EMA, self.ema)
+
+    def optimizers_step(self) -> None:
+        """Changes the weights, and takes them up into the moving average."""
+        super().optimizers_step()
+        if self.ema is not None:
+            self.ema.update()
+
+    def averages_after(self, epoch: int) -> dict[str, dict[str, nn.Module]]:
+        """Gives the averages that are to be validated after an epoch, by name, with statistics of their own."""
+        averages: dict[str, dict[str, nn.Module]] = {}
+        if self.ema is not None:
+            averages[EMA] = self.ema.modules_of
+        if getattr(self.hparams, "validate_average", None) and epoch in self.epochs_averaged(epoch):
+            averages[SWA] = self._mean_after(epoch)
+        trained = trained_modules(self.hparams.modules)
+        for modules in averages.values():
+            for name, module in modules.items():
+                copy_statistics(trained[name], module)
+            if if_main_process():
+                self.estimate_batch_norm(modules)
+            if self.distributed_launch:
+                for module in modules.values():
+                    for tensor in (*module.parameters(), *module.buffers()):
+                        torch.distributed.broadcast(tensor.detach(), 0)
+        return averages
+
+    def epochs_averaged(self, epoch: int) -> list[int]:
+        """Lists the epochs, up to one, whose weights are averaged; none before the first of them."""
+        start, every = self.hparams.average_start, getattr(self.hparams, "average_every", None) or 1
+        limit = self.hparams.epoch_counter.limit
+        first = start if start >= 0 else max(1, limit + 1 + start)
+        return averaged_epochs(range(1, epoch + 1), limit, start, every) if epoch >= first else []
+
+    def _mean_after(self, epoch: int) -> dict[str, nn.Module]:
+        """The mean of epochs' weights, the last of which are in the modules and have no snapshot yet."""
+        trained = trained_modules(self.hparams.modules)
+        modules = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
+        earlier = self.epochs_averaged(epoch)[:-1]
+        if earlier and if_main_process():
+            mean = average_weights([snapshot_path(self.hparams.output_folder, number) for number in earlier])
+            state = {f"{name}.{key}": value.cpu() for name, module in trained.items() for key, value in state_of(module).items()}
+            share = 1 / (len(earlier) + 1)
+            both = {
+                key: torch.lerp(mean[key], value, share) if value.is_floating_point() else value for key, value in state.items()
+            }
+            load_into(modules, both)
+        return modules
+
+    def estimate_batch_norm(self, modules: Mapping[str, nn.Module]) -> None:
+        """Estimates batch-norm statistics of averaged weights from training clips, if `batch_norm_clips` says so."""
+        wanted, clips = getattr(self.hparams, "batch_norm_clips", None), self.train_clips
+        if not wanted:
+            return
+        if clips is None:
+            raise ValueError("batch_norm_clips needs the Brain's train_clips, a TaggingDataset")
+        # a front end that draws in training must not do so here
+        for module in (*self.hparams.modules.values(), *modules.values()):
+            module.eval()
+        rows = np.linspace(0, len(clips) - 1, min(wanted, len(clips))).round().astype(int)
+        batches = [part.tolist() for part in np.array_split(rows, -(-len(rows) // self.hparams.batch_size))]
+        workers = getattr(self.hparams, "num_workers", 0)
+        on_gpu = self.device_type == "cuda"
+        # a random crop has no place without a draw
+        crop = "centre" if clips.crop == "random" else clips.crop
+        loader = clip_loader(clips.data, clips.sample_rate, self.n_samples, batches, workers, crop, pin_memory=on_gpu)
+        check = self.audio_checks.get(sb.Stage.TRAIN, check_audio)
+        with self.evaluation_ctx, torch.no_grad():
+            update_batch_norm({**self.hparams.modules, **modules}, loader, self.n_samples, check)
+
+    def begin_validation(self, epoch: int | None) -> None:
+        """Prepares the averages that this validation scores as well."""
+        self._validated = {} if epoch is None else self.averages_after(epoch)
+        shape = self.n_clips[sb.Stage.VALID], self.hparams.n_classes
+        self._average_stats = {name: TaggingStats(*shape) for name in self._validated}
+        self._average_scores: list[tuple[str, Tensor, Reading]] = []
+
+    def score_with_averages(self, batch: PaddedBatch) -> None:
+        """Scores a batch of validation clips with each average."""
+        wavs, wav_lens = batch.sig
+        for name, modules in self._validated.items():
+            scores = self.scores(wavs, wav_lens, {**self.hparams.modules, **modules})
+            self._average_scores.append((name, batch.index, Reading(scores.float().clamp(0.0, 1.0))))
+        self._collect_average_scores(self.most_behind * len(self._validated))
+
+    def _collect_average_scores(self, still_running: int = 0) -> None:
+        while len(self._average_scores) > still_running:
+            name, index, reading = self._average_scores.pop(0)
+            (scores,) = reading.values()
+            # targets are those of the trained weights' scores
+            self._average_stats[name].append(index, scores, torch.zeros_like(scores))
+
+    def end_validation(self) -> dict[str, np.ndarray]:
+        """Gives what each average has scored, `[clips, classes]`."""
+        self._collect_average_scores()
+        for stats in self._average_stats.values():
+            stats.reduce()
+        scored = {name: stats.scores.numpy() for name, stats in self._average_stats.items()}
+        self._validated, self._average_stats = {}, {}
+        return scored
+
+    def figures_of_averages(self, scored: Mapping[str, np.ndarray], targets: np.ndarray) -> dict[str, float]:
+        """Computes what an epoch's record says of the averages; one that has not changed keeps its figure."""
+        before = self.epochs[-1] if self.epochs else {}
+        kept = {key: before[key] for key in (f"{name}_mAP" for name in (EMA, SWA)) if key in before}
+        return {**kept, **{f"{name}_mAP": summarize(scores, targets)["mAP"] for name, scores in scored.items()}}
