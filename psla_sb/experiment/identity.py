@@ -43,7 +43,7 @@ MAY_CHANGE = {
     *("skip_prep", "prepare", "resampled_format", "on_bad_audio", "trust"),
     *("num_workers", "valid_batch_size", "compile_model"),
     *("number_of_epochs", "epoch_counter", "patience", "average_start", "published", "published_with"),
-    *("target_precision", "report", "baseline"),
+    *("target_precision", "report", "baseline", "propagated_labels"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),
 }

@@ -25,7 +25,7 @@ from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.experiment import identity, launch, remarks, trackers
+from psla_sb.experiment import identity, launch, propagated, remarks, trackers
 from psla_sb.experiment.brain import TaggingBrain, as_list
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
@@ -56,7 +56,7 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any]) -> dict[str, Any]:
     """Runs one experiment, from the YAML file to the figures, which it returns as `results.json` has them."""
     run_opts = launch.start_processes(run_opts, knows_dry_run=True)
-    optional = ("trust", "track", "compile_model", "target_precision", "report", "baseline")
+    optional = ("trust", "track", "compile_model", "target_precision", "report", "baseline", "propagated_labels")
     settings = read_settings(hparams_file, overrides, optional=optional)
     folder = Path(settings["output_folder"])
     check_target_precision(settings["target_precision"], hparams_file)
@@ -77,6 +77,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     files = [*folder.glob("*.csv"), *folder.glob("*.json")] if if_main_process() and identity.has_begun(folder, settings) else []
     with put_back_on_error(files):
         vocabulary = prepare(hparams)
+        propagated.check_ontology(hparams["propagated_labels"], vocabulary)
         # what cannot be trained, saved or exported is refused before the training, not after it
         n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
         chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
@@ -153,6 +154,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         note = f"\nPublished figures are not beside these: {reason}." if reason else ""
         if (first := results["evaluation"]["weight_average"]["epochs"][0]) < hparams["average_start"]:
             note += f"\nThe weight average is of epoch {first} alone: average_start is {hparams['average_start']}."
+        if second := results.get(propagated.KEY):
+            note += f"\n\n{propagated.title(results['clips'])}\n{results_table({'evaluation': second}, {})}"
         logger.info("\n%s%s\n\n%s", table, note, example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots.training import write_pictures
