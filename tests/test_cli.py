@@ -190,7 +190,18 @@ assert not {"torch", "speechbrain", "numpy"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for option in ("FILE", "--model", "--top-k", "--threshold", "--format", "--timeline", "--events", "--plot", "--device"):
+    for option in (
+        "FILE",
+        "--model",
+        "--top-k",
+        "--threshold",
+        "--format",
+        "--timeline",
+        "--events",
+        "--plot",
+        "--device",
+        "--hierarchy",
+    ):
         assert option in done.stdout
 
 

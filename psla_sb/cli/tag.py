@@ -31,6 +31,8 @@ single clips.
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
 
 MARKS = {True: "yes", False: "-  "}  # of a decision, in a table
+HIERARCHY = "max: the score of a class that is the only parent of others is the highest of its own and theirs, and so on upward"
+ONTOLOGY = "AudioSet's ontology.json, for --hierarchy (default: the one in the model's folder)"
 LEAST = "the least score of a tag; of an event, by default its class's own threshold, or 0.5 where the model has none"
 Answer = tuple[str, list[dict], str | None]  # what a file is called, its rows, its error
 
@@ -45,6 +47,8 @@ def tag(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, metavar="SCORE", help=LEAST)
     pool = "of a sound in several windows, a class's score is the windows' max, mean, or the first one's (default: %(default)s)"
     parser.add_argument("--pool", choices=["max", "mean", "first"], default="max", help=pool)
+    parser.add_argument("--hierarchy", choices=["max"], help=HIERARCHY)
+    parser.add_argument("--ontology", metavar="FILE", help=ONTOLOGY)
     parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
     along = parser.add_mutually_exclusive_group()
     along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
@@ -66,7 +70,11 @@ def tag(arguments: list[str] | None = None) -> None:
         parser.error(NO_MODEL)
     if options.plot and not options.plot.lower().endswith(".png"):
         parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
+    if options.ontology and not options.hierarchy:
+        parser.error("--ontology says what is whose parent; give --hierarchy=max with it")
     tagger = load_tagger(parser, options)
+    if options.hierarchy:
+        _use_hierarchy(parser, tagger, options)
     if options.decided and tagger.calibration is None:
         parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
     with tempfile.TemporaryDirectory() as folder:
@@ -85,6 +93,20 @@ def tag(arguments: list[str] | None = None) -> None:
     if len(files) > 1 and failed:
         print(f"{failed} of {len(files)} files could not be tagged", file=sys.stderr)
     sys.exit(1 if failed or missing else 0)
+
+
+def _use_hierarchy(parser: ArgumentParser, tagger: Any, options: Namespace) -> None:
+    from psla_sb.errors import InputError
+    from psla_sb.labels.ontology import ADDRESS
+
+    file = options.ontology or os.path.join(options.model, "ontology.json")
+    if not os.path.isfile(file):
+        need = f"give --ontology FILE, or put ontology.json into the folder {options.model}"
+        parser.error(f"--hierarchy=max: there is no {file}; {need}; AudioSet's is at {ADDRESS}")
+    try:
+        tagger.use_hierarchy(file)
+    except InputError as error:
+        parser.error(f"--hierarchy=max: {error}" if file in str(error) else f"--hierarchy=max: {file}: {error}")
 
 
 def _as_file(argument: str) -> str:

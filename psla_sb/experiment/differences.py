@@ -74,11 +74,14 @@ def published_labels(data_set: str, settings: Mapping[str, Any]) -> float | None
 
     Example
     -------
-    >>> published_labels("FSD50K", {"label_enhancement": {"threshold": "mean"}})
+    >>> published_labels("FSD50K", {"label_enhancement": {"scores": "scores.npy", "threshold": "mean"}})
     -0.009
     """
     labels, enhancement = PUBLISHED[data_set]["labels"], settings.get("label_enhancement")
-    threshold = enhancement.get("threshold", "mean") if isinstance(enhancement, Mapping) else None
+    threshold = None
+    # other rules, such as `propagate_annotation`, have no teacher's scores
+    if isinstance(enhancement, Mapping) and "scores" in enhancement:
+        threshold = enhancement.get("threshold", "mean")
     return round(labels[None] - labels[threshold], 3) if isinstance(threshold, (int, str)) and threshold in labels else None
 
 

@@ -31,6 +31,7 @@ from psla_sb.dataio.bad_clips import audio_check, csv_line, state_of_sounds
 from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.errors import InputError
+from psla_sb.experiment import propagated
 from psla_sb.experiment.averages import EMA, SWA, averaged_epochs
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
 from psla_sb.files import read_json, wait_for, write_file
@@ -63,6 +64,7 @@ MEANING = {
     "macro_F1": "mean over the classes with a positive clip of the F1 score at the class's threshold",
     "micro_F1": "F1 score at the thresholds, of all pairs of clip and class together",
     "evaluation": "figures on the test set, or on the validation set where there is no test set",
+    propagated.KEY: "figures of the same scores on labels propagated to parents, by the ontology that propagated_labels names",
 }
 AVERAGE = "weight_average"
 ROWS = {
@@ -246,6 +248,8 @@ def _report(
     results["calibration"] = calibration_figures(calibration, weight_average, targets, f1, same_clips=name == "valid")
     write_class_figures(folder / "classes.csv", vocabulary, weight_average, targets, official, calibration.threshold, f1)
     write_scores(folder, f"{name}_ensemble", ensemble)
+    ontology = getattr(brain.hparams, "propagated_labels", None)
+    propagated.add_evaluation(results, folder, name, manifest, vocabulary, ontology)
     write_results(folder, results)
     return results
 

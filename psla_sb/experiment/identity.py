@@ -45,7 +45,7 @@ MAY_CHANGE = {
     *("num_workers", "valid_batch_size", "compile_model"),
     *("number_of_epochs", "epoch_counter", "patience", "average_start", "average_every", "validate_average"),
     *("published", "published_with"),
-    *("target_precision", "report", "baseline"),
+    *("target_precision", "report", "baseline", "propagated_labels"),
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),
 }

@@ -25,7 +25,7 @@ from psla_sb.dataio.dataset import TaggingDataset, init_worker
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
-from psla_sb.experiment import identity, launch, remarks, trackers
+from psla_sb.experiment import identity, launch, propagated, remarks, trackers
 from psla_sb.experiment.brain import TaggingBrain, as_list
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 
 # Keys that a recipe's YAML file need not have.
 OPTIONAL = (
-    *("trust", "track", "compile_model", "target_precision", "report", "baseline"),
+    *("trust", "track", "compile_model", "target_precision", "report", "baseline", "propagated_labels"),
     *("ema_decay", "average_every", "validate_average", "batch_norm_clips", "distillation_temperature"),
 )
 
@@ -82,6 +82,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     files = [*folder.glob("*.csv"), *folder.glob("*.json")] if if_main_process() and identity.has_begun(folder, settings) else []
     with put_back_on_error(files):
         vocabulary = prepare(hparams)
+        propagated.check_ontology(hparams["propagated_labels"], vocabulary)
         # what cannot be trained, saved or exported is refused before the training, not after it
         n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
         chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)
@@ -166,6 +167,8 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
         rows = results["evaluation"]
         if (first := rows.get("swa", rows["weight_average"])["epochs"][0]) < hparams["average_start"]:
             note += f"\nThe weight average is of epoch {first} alone: average_start is {hparams['average_start']}."
+        if second := results.get(propagated.KEY):
+            note += f"\n\n{propagated.title(results['clips'])}\n{results_table({'evaluation': second}, {})}"
         logger.info("\n%s%s\n\n%s", table, note, example(brain, dataset, vocabulary))
         # matplotlib is slow to import, and only this process draws
         from psla_sb.plots.training import write_pictures

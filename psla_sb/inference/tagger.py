@@ -24,6 +24,8 @@ from psla_sb.errors import InputError
 from psla_sb.inference.encoder import SoundEncoder, taking
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.labels.calibration import Calibration
+from psla_sb.labels.enhancement import propagation_matrix
+from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
@@ -87,6 +89,7 @@ class AudioTagger(SoundEncoder):
 
     MODULES_NEEDED = MODULES
     HPARAMS_NEEDED = ("sample_rate", "mids", "label_encoder")
+    _hierarchy: Tensor | None = None  # [2, pairs]: a class, and one above it that follows from it
 
     @classmethod
     def from_hparams(
@@ -163,6 +166,33 @@ class AudioTagger(SoundEncoder):
         """Holds what turns scores into probabilities and decisions, `psla_sb.labels.calibration`; None if the model has nothing."""
         return getattr(self.hparams, "calibration", None)
 
+    def use_hierarchy(self, ontology: Ontology | str | Path | None, parents: str = "ontology") -> None:
+        """Makes a parent's score the highest of its own and its children's, upward as far as there is one parent alone.
+
+        From then on this holds for tags, scores, timelines and events: of the scores of pooled windows, before thresholds and
+        probabilities, which were fitted to scores without it. It does not for `tag_features`, nor for ONNX files. None ends it.
+
+        Arguments
+        ---------
+        ontology
+            Or its file, such as AudioSet's `ontology.json`; an InputError if nothing follows by it from any class.
+        parents
+            Where parents are counted, "ontology" or "vocabulary", see `psla_sb.labels.enhancement.propagation_matrix`.
+        """
+        pairs = None
+        if ontology is not None:
+            relations = ontology if isinstance(ontology, Ontology) else Ontology.from_json(ontology)
+            matrix = propagation_matrix(Vocabulary(self.hparams.mids, self.labels), relations, parents)
+            pairs = torch.from_numpy(matrix).nonzero().T
+        self._hierarchy = pairs
+
+    def _raised(self, scores: Tensor) -> Tensor:
+        """Does to scores `[..., classes]` what `use_hierarchy` has asked for."""
+        if self._hierarchy is None:
+            return scores
+        below, above = self._hierarchy.to(scores.device)
+        return scores.scatter_reduce(-1, above.expand(*scores.shape[:-1], -1), scores[..., below], "amax")
+
     def score_batch(self, wavs: Tensor, wav_lens: Tensor | None = None, pool: str = "max") -> Tensor:
         """Scores waveforms `[batch, samples]` or `[samples]`, of relative lengths `[batch]`: `[batch, classes]`, in [0, 1].
 
@@ -175,8 +205,8 @@ class AudioTagger(SoundEncoder):
             return torch.stack([self._pooled(pieces, pool, "waveforms") for pieces in each])
         check_pool(pool)
         if wav_lens is None or self.n_samples is not None:
-            return self.tag_features(*self._checked_features(wavs, wav_lens))
-        return chain.by_length(lambda clips: self.tag_features(*self._checked_features(clips)), wavs, wav_lens)
+            return self._raised(self.tag_features(*self._checked_features(wavs, wav_lens)))
+        return self._raised(chain.by_length(lambda clips: self.tag_features(*self._checked_features(clips)), wavs, wav_lens))
 
     def tag_batch(
         self, wavs: Tensor, wav_lens: Tensor | None = None, top_k: int = 5, threshold: float | None = None, pool: str = "max"
@@ -216,7 +246,7 @@ class AudioTagger(SoundEncoder):
         rate = self.hparams.sample_rate
         clip = read_if_short(sound, rate, self.longest)
         if clip is not None:
-            return self.tag_features(*self._checked_features(centred(*clip), source=named(sound)))[0]
+            return self._raised(self.tag_features(*self._checked_features(centred(*clip), source=named(sound))))[0]
         return self._pooled(self._windows_of(read_blocks(sound, rate)), pool, named(sound))
 
     def _windows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -233,7 +263,7 @@ class AudioTagger(SoundEncoder):
             n_windows += len(scores)
             # in place: small arrays that come and go between large ones would leave holes in the memory
             (np.add if pool == "mean" else np.maximum)(total, scores.sum(0) if pool == "mean" else scores.max(0), out=total)
-        return torch.from_numpy(total / n_windows if pool == "mean" else total).to(self.device)
+        return self._raised(torch.from_numpy(total / n_windows if pool == "mean" else total).to(self.device))
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
@@ -331,7 +361,8 @@ class AudioTagger(SoundEncoder):
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
         sound = self._opened(path, sample_rate)
         pieces = windows(read_blocks(sound, self.hparams.sample_rate), n_samples, hop_samples)
-        scores = joined(overlapped(self._window_scores(pieces, n_samples, batch_size, named(sound)), hop_steps))
+        curve = overlapped(self._window_scores(pieces, n_samples, batch_size, named(sound)), hop_steps)
+        scores = joined(map(self._raised, curve))
         return Timeline(self.step_times(len(scores)).numpy(), scores, self.labels, list(self.hparams.mids))
 
     events = staticmethod(events)

@@ -1,12 +1,15 @@
-"""Label enhancement: adds the parents and children that annotators left out, where a teacher model hears them.
+"""Label enhancement: adds the parents and children that annotators left out.
 
-Gong, Chung, Glass: "PSLA", IEEE/ACM TASLP 29, 2021, arXiv 2102.01243, section III-D. `psla_sb.labels.report` tells what came of it.
+Where a teacher model hears them: Gong, Chung, Glass: "PSLA", IEEE/ACM TASLP 29, 2021, arXiv 2102.01243, section III-D;
+`psla_sb.labels.report` tells what came of it. Or parents alone, without a teacher, where there is no doubt which:
+`propagate_to_parents`, hierarchical label propagation, arXiv 2503.21826.
 """
 
 import mmap
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -24,6 +27,7 @@ logger = get_logger(__name__)
 NEVER_GENERATE = ("/m/09l8g", "/m/0bm0k", "/t/dd00012", "/m/09hlz4", "/t/dd00071")
 _BLOCK_BYTES = 2**26
 Types = Sequence[str]  # from "I" (direct children are added) and "II" (ancestors)
+PARENTS = ("ontology", "vocabulary")
 
 
 def class_thresholds(scores: np.ndarray, label_sets: LabelSets | np.ndarray, kind: str | float = "mean") -> np.ndarray:
@@ -200,6 +204,139 @@ def enhance_annotation(
     )
     warn_of_classes_without_clips(label_sets, vocabulary)
     return enhanced
+
+
+def propagation_matrix(vocabulary: Vocabulary, ontology: Ontology, parents: str = "ontology") -> np.ndarray:
+    """Says which classes (columns) follow from a class (row): bool `[classes, classes]`.
+
+    Of a class with one parent its parent follows, of a parent with one parent that one too, and so on.
+
+    Arguments
+    ---------
+    parents
+        "ontology": all parents in the file count, also abstract ones and others that are no classes, and the way up goes through
+        those. "vocabulary": parents that are classes count alone, and what is no class ends the way.
+
+    Raises
+    ------
+    InputError
+        Nothing follows from any class, or `parents` is something else.
+
+    Example
+    -------
+    >>> below = {"thing": ["animal"], "animal": ["pet", "dog"], "pet": ["dog"], "dog": ["puppy"], "puppy": []}
+    >>> ontology = Ontology({"id": mid, "name": mid, "child_ids": children} for mid, children in below.items())
+    >>> propagation_matrix(Vocabulary(["puppy", "dog", "animal"], ["Puppy", "Dog", "Animal"]), ontology).astype(int)
+    array([[0, 1, 0],
+           [0, 0, 0],
+           [0, 0, 0]])
+    >>> propagation_matrix(Vocabulary(["puppy", "dog", "animal"], ["Puppy", "Dog", "Animal"]), ontology, "vocabulary").astype(int)
+    array([[0, 1, 1],
+           [0, 0, 1],
+           [0, 0, 0]])
+    """
+    if parents not in PARENTS:
+        raise InputError(f"parents must be {' or '.join(map(repr, PARENTS))}, where they are counted, not {parents!r}")
+
+    def above(mid: str) -> list[str]:
+        found: list[str] = []
+        while len(direct := [p for p in ontology.parents(mid, abstract=True) if parents == "ontology" or p in vocabulary]) == 1:
+            (mid,) = direct
+            found.append(mid)
+        return found
+
+    matrix = relation_matrix(vocabulary, above)
+    if not matrix.any():
+        raise InputError(
+            f"by the ontology no parent follows from any of the {len(vocabulary)} classes; is it that of this data set?"
+        )
+    return matrix
+
+
+@overload
+def propagate_to_parents(
+    label_sets: LabelSets, vocabulary: Vocabulary, ontology: Ontology, parents: str = "ontology"
+) -> LabelSets: ...
+
+
+@overload
+def propagate_to_parents(
+    label_sets: Sequence[Sequence[int]], vocabulary: Vocabulary, ontology: Ontology, parents: str = "ontology"
+) -> list[list[int]]: ...
+
+
+def propagate_to_parents(
+    label_sets: LabelSets | Sequence[Sequence[int]], vocabulary: Vocabulary, ontology: Ontology, parents: str = "ontology"
+) -> LabelSets | list[list[int]]:
+    """Adds to every clip the parents of its labels, as far up as there is one parent alone, after the labels that it has.
+
+    Arguments
+    ---------
+    label_sets
+        Class indices of each clip: a `LabelSets`, which is what is returned then, or lists.
+    parents
+        Where parents are counted, "ontology" or "vocabulary", see `propagation_matrix`.
+
+    Raises
+    ------
+    InputError
+        Labels are no indices, nothing follows from any class, or `parents` is something else.
+    ValueError
+        An index is out of range.
+
+    Example
+    -------
+    >>> below = {"animal": ["pet"], "pet": ["dog"], "dog": []}
+    >>> ontology = Ontology({"id": mid, "name": mid, "child_ids": children} for mid, children in below.items())
+    >>> propagate_to_parents([[1], [], [0, 1]], Vocabulary(["animal", "dog"], ["Animal", "Dog"]), ontology)
+    [[1, 0], [], [0, 1]]
+    """
+    if not isinstance(label_sets, LabelSets):
+        try:
+            flat = LabelSets.from_lists([[operator.index(label) for label in labels] for labels in label_sets])
+        except (TypeError, OverflowError):
+            raise InputError(
+                "label_sets must have the labels of each clip as class indices, which Vocabulary.index gives"
+            ) from None
+        propagated = propagate_to_parents(flat, vocabulary, ontology, parents)
+        return [propagated[clip].tolist() for clip in range(len(propagated))]
+    carried = label_sets.to_sparse(len(vocabulary))
+    missing = (carried @ csr_array(propagation_matrix(vocabulary, ontology, parents))) > carried
+    # a product's indices come in any order; added classes are to be in the vocabulary's
+    missing.sort_indices()
+    return label_sets.append(*missing.nonzero())
+
+
+def propagate_annotation(
+    manifest: Any, label_sets: LabelSets, vocabulary: Vocabulary, ontology: str | Path, parents: str = "ontology"
+) -> LabelSets:
+    """Does what `propagate_to_parents` does, with an ontology's file: what `label_enhancement` in a recipe's YAML file can name.
+
+        label_enhancement: !name:psla_sb.labels.enhancement.propagate_annotation
+            ontology: !ref <data_folder>/ontology.json
+            parents: ontology
+
+    Example
+    -------
+    >>> from psla_sb.dataio.manifest import Manifest
+    >>> path, vocabulary = getfixture("tmp_path") / "ontology.json", Vocabulary(["dog", "animal"], ["Dog", "Animal"])
+    >>> _ = path.write_text(
+    ...     '[{"id": "animal", "name": "Animal", "child_ids": ["dog"]}, {"id": "dog", "name": "Dog", "child_ids": []}]')
+    >>> manifest = Manifest.from_columns(["a", "b"], ["a.wav", "b.wav"], [1.0, 1.0], ["animal", "dog"])
+    >>> [row.tolist() for row in propagate_annotation(manifest, manifest.label_sets(vocabulary), vocabulary, path)]
+    [[1], [0, 1]]
+    """
+    relations = Ontology.from_json(ontology)
+    try:
+        propagated = propagate_to_parents(label_sets, vocabulary, relations, parents)
+    except InputError as error:
+        raise InputError(f"label enhancement with {ontology}: {error}") from None
+    changed = np.count_nonzero(np.diff(propagated.offsets) > np.diff(label_sets.offsets))
+    logger.info(
+        "Labels propagated to parents (counted in the %s): %d labels added to %d, on %d of %d clips; by %s",
+        *(parents, propagated.indices.size - label_sets.indices.size, label_sets.indices.size, changed, len(manifest), ontology),
+    )
+    return propagated
 
 
 def warn_of_classes_without_clips(label_sets: LabelSets, vocabulary: Vocabulary) -> None:

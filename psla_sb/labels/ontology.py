@@ -8,6 +8,8 @@ from typing import Any
 
 from psla_sb.errors import InputError
 
+ADDRESS = "https://github.com/audioset/ontology"
+
 
 class Ontology:
     """Holds a hierarchy of classes in which a class may have several parents; entries are those of AudioSet's `ontology.json`.
@@ -39,7 +41,7 @@ class Ontology:
             for child in children:
                 if not isinstance(child, str) or child not in self.names:
                     raise InputError(f"{mid!r} ({self.names[mid]}) has the child {child!r}, which is not in the ontology")
-                if mid not in self.abstract and mid not in self._parents[child]:
+                if mid not in self._parents[child]:
                     self._parents[child].append(mid)
         try:
             # with a cycle, `tree` might not end
@@ -67,7 +69,7 @@ class Ontology:
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
-            raise InputError(f"{path}: cannot read this ontology ({error.strerror})") from None
+            raise InputError(f"{path}: cannot read this ontology ({error.strerror}); AudioSet's is at {ADDRESS}") from None
         except (ValueError, RecursionError) as error:  # json.JSONDecodeError and UnicodeDecodeError are both ValueErrors
             raise InputError(f"{path}: not a JSON file ({error})") from None
         if not isinstance(entries, list) or not entries:
@@ -81,9 +83,9 @@ class Ontology:
         """Lists the direct children; none of an abstract mid."""
         return [] if mid in self.abstract else list(dict.fromkeys(self._child_ids.get(mid, ())))
 
-    def parents(self, mid: str) -> list[str]:
-        """Lists the direct parents, without abstract ones."""
-        return list(self._parents.get(mid, ()))
+    def parents(self, mid: str, abstract: bool = False) -> list[str]:
+        """Lists the direct parents, without abstract ones unless these are asked for too."""
+        return [parent for parent in self._parents.get(mid, ()) if abstract or parent not in self.abstract]
 
     def ancestors(self, mid: str) -> set[str]:
         """Collects parents, their parents, and so on, without abstract ones and what is reached only through them."""
@@ -93,7 +95,7 @@ class Ontology:
             parent = waiting.pop()
             if parent not in found:
                 found.add(parent)
-                waiting += self._parents[parent]
+                waiting += self.parents(parent)
         return found
 
     def tree(self, counts: Mapping[str, int] | None = None) -> str:
