@@ -70,6 +70,7 @@ setup(
             "psla-demo = psla_sb.cli.demo:demo",
             "psla-compare = psla_sb.cli.compare:compare",
             "psla-prepare = psla_sb.cli.prepare:prepare",
+            "psla-teacher = psla_sb.cli.teacher:teacher",
         ]
     },
 )

@@ -121,6 +121,8 @@ def test_nothing_here_can_unpickle_or_unpack():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
                 allowed = {"tarfile"} if file.name in ("pack_index.py", "packing.py") else set()
+                # where a subclass of its Unpickler reads an index, and finds no class and no function
+                allowed |= {"pickle"} if file.name == "teacher_import.py" else set()
                 assert not names & (forbidden - allowed), (file, node.lineno)
             elif isinstance(node, ast.Call):
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}

@@ -50,7 +50,8 @@ class TaggingDataset(DynamicItemDataset):
     sample_rate, n_samples
         Of the waveforms, in Hz, and the most samples that are kept of a clip (None: all).
     teacher
-        Scores of other models `[clips, classes]`, memory-mapped; an item then has its row of them as `teacher`.
+        Scores of other models `[clips, classes]`, as `open_scores` maps them; an item then has its row of them as `teacher`,
+        float32, all of NaN if the clip has none.
     crop, seed
         Which samples are kept of a longer clip: the "first", the "centre", or a "random" crop by seed, epoch and position.
     redraw
@@ -118,7 +119,7 @@ class TaggingDataset(DynamicItemDataset):
         if isinstance(self.teacher, str | os.PathLike):
             self.teacher = np.load(self.teacher, mmap_mode="r")
         # a copy: the row of a memory-mapped file may be read-only
-        return torch.from_numpy(np.array(self.teacher[index]))
+        return torch.from_numpy(np.array(self.teacher[index], np.float32))
 
     def __getitem__(self, key: int | Draw) -> dict[str, Any]:
         draw = key if isinstance(key, Draw) else Draw(index=key, epoch=0, position=key, partner=False)
@@ -129,7 +130,11 @@ class TaggingDataset(DynamicItemDataset):
         return {**item, "skipped": skipped} if self.redraw else item
 
     def _item(self, draw: Draw) -> dict[str, Any]:
-        return self.pipeline.compute_outputs({START: None, **self.data[draw.index], **draw._asdict()})
+        item = self.pipeline.compute_outputs({START: None, **self.data[draw.index], **draw._asdict()})
+        # a clip without scores has NaN throughout
+        if self.teacher is not None and not (item["teacher"].isfinite().all() or item["teacher"].isnan().all()):
+            item["error"] = item["error"] or f"clip '{item['id']}': the teacher's scores are not all finite numbers"
+        return item
 
 
 def clip_loader(

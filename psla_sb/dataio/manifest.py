@@ -259,17 +259,19 @@ class Manifest:
         once = LabelSets(offsets, classes[present]).to_sparse(len(vocabulary))
         return LabelSets(once.indptr.astype(np.int64), once.indices.astype(np.int32))
 
-    def rows_in(self, ids: pa.Array | pa.ChunkedArray, source: str | Path) -> np.ndarray:
+    def rows_in(self, ids: pa.Array | pa.ChunkedArray, source: str | Path, remedy: str = "") -> np.ndarray:
         """Finds each clip's row, `[clips]`, in something of that source which has its own order of clips, by the IDs there.
 
-        An `InputError` says that a clip is not there, or an ID is there twice.
+        An `InputError` says that a clip is not there, and what to do (`remedy`), or that an ID is there twice.
         """
         if pc.count_distinct(ids).as_py() < len(ids):
             raise InputError(f"{source}: some IDs of its clips are there more than once; IDs must be unique.")
         rows = pc.index_in(self.table["ID"], value_set=ids)
         if rows.null_count:
             first = self.table["ID"].filter(pc.is_null(rows))[0]
-            raise InputError(f"{source}: lacks {rows.null_count} of the {len(self)} clips of {self.source}, first '{first}'.")
+            raise InputError(
+                f"{source}: lacks {rows.null_count} of the {len(self)} clips of {self.source}, first '{first}'.{remedy}"
+            )
         return rows.to_numpy()
 
     def with_labels(self, label_sets: LabelSets, vocabulary: Vocabulary) -> "Manifest":

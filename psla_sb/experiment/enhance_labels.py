@@ -27,7 +27,7 @@ from psla_sb.labels.enhancement import candidate_matrix, class_thresholds, enhan
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.report import audit, audit_table, class_table, clip_table, mended, mended_by_chance, pair_table
-from psla_sb.labels.teacher_scores import IDS, SCORES, new_array
+from psla_sb.labels.teacher_scores import SCORES, new_array, write_clips
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.metrics import MeanScores
 from psla_sb.prepare.official_files import fetch_metadata
@@ -36,8 +36,8 @@ DESCRIPTION = """\
 Scores the training clips of a recipe with a trained tagger, and adds the parents and children that annotators left out and that
 the tagger hears. Interrupted, the same command goes on.
 
-Into --out it writes scores.npy (float32, [clips, classes]) and ids.csv, which the recipe's `label_enhancement` reads, and for each
-threshold, such as mean:
+Into --out it writes scores.npy (float32, [clips, classes]), ids.csv and class_labels_indices.csv, which the recipe's
+`label_enhancement` reads, and for each threshold, such as mean:
   train_enhanced_mean.csv  the training annotation with the enhanced labels
   classes_mean.csv         clips of each class before and after, and its threshold
   pairs_mean.csv           how often which carried label brought which other one
@@ -149,7 +149,7 @@ def teacher_scores(
     run_opts: Mapping[str, Any],
     labels: str | None = None,
 ) -> np.ndarray | None:
-    """Scores clips, and writes `scores.npy` and `ids.csv`; returns the scores, float32 `[clips, classes]`, memory-mapped.
+    """Scores clips, and writes `scores.npy` and what these are of; returns the scores, float32 `[clips, classes]`, memory-mapped.
 
     Of several teachers the mean of the scores is taken. `labels` is the class list of teachers that are checkpoints of the
     published code, by default the recipe's.
@@ -174,7 +174,7 @@ def teacher_scores(
             # what a single teacher left there is no longer what the scores are made from
             (folder / SCORES).with_suffix(".json").unlink(missing_ok=True)
             _write_mean(list(each.values()), folder / SCORES)
-        write_table(manifest.table.select(["ID"]), folder / IDS)
+        write_clips(folder, manifest.table["ID"], vocabulary)
         return np.load(folder / SCORES, mmap_mode="r")
     return None
 

@@ -30,6 +30,7 @@ from psla_sb.experiment.hparams import resolve
 from psla_sb.experiment.losses import DISTILLATION_WEIGHT
 from psla_sb.files import write_json
 from psla_sb.labels.label_sets import LabelSets
+from psla_sb.labels.teacher_scores import MatchedScores
 from psla_sb.labels.vocabulary import Vocabulary
 
 # Folders may be moved: what is in them is told by its content.
@@ -252,7 +253,7 @@ def read_identity(folder: str | Path) -> dict[str, Any]:
 
 
 def contents_of(
-    vocabulary: Vocabulary, sets: Mapping[str, tuple[Manifest, LabelSets]], teacher: np.ndarray | None, processes: int | None
+    vocabulary: Vocabulary, sets: Mapping[str, tuple[Manifest, LabelSets]], teacher: Any, processes: int | None
 ) -> dict[str, Any]:
     """What settings do not tell: which classes, clips and labels a run has, a teacher's scores, how many processes train.
 
@@ -274,12 +275,15 @@ def contents_of(
     }
 
 
-def _digest_of(scores: np.ndarray | None) -> str | None:
-    """Of a thousand rows: there are gigabytes of them."""
+def _digest_of(scores: Any) -> str | None:
+    """Of a thousand rows, as there are gigabytes of them; and of which clip has which row, if they were matched by ID."""
     if scores is None:
         return None
     rows = np.linspace(0, len(scores) - 1, min(1000, len(scores))).astype(int)
-    return hashlib.sha256(str(scores.shape).encode() + np.ascontiguousarray(scores[rows]).tobytes()).hexdigest()
+    digest = hashlib.sha256(str(scores.shape).encode() + np.ascontiguousarray(scores[rows]).tobytes())
+    if isinstance(scores, MatchedScores):
+        digest.update(scores.rows.tobytes())
+    return digest.hexdigest()
 
 
 def check_contents(folder: str | Path, settings: Settings, contents: Mapping[str, Any]) -> None:

@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 from psla_sb.experiment.launch import STOP_SIGNALS
 from psla_sb.files import LOCK, write_file
 
-# In a run's folder: what it prints, and what it was run with.
-LOG, RECORD = "ablation.log", "ablation.json"
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
@@ -26,6 +24,17 @@ class Job(NamedTuple):
     command: list[str]
     folder: Path
     record: dict[str, Any]
+    of: str = "ablation"  # what it is a part of
+
+    @property
+    def log(self) -> Path:
+        """What it prints."""
+        return self.folder / f"{self.of}.log"
+
+    @property
+    def record_file(self) -> Path:
+        """What it was run with."""
+        return self.folder / f"{self.of}.json"
 
 
 class Running(NamedTuple):
@@ -108,7 +117,7 @@ def start(job: Job, arguments: Sequence[str], environment: Mapping[str, str] | N
     Returns None if another process holds it.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / LOCK, "a") as lock, open(job.folder / LOG, "ab") as log:
+    with open(job.folder / LOCK, "a") as lock, open(job.log, "ab") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -116,7 +125,7 @@ def start(job: Job, arguments: Sequence[str], environment: Mapping[str, str] | N
         except OSError:
             # a file system without locks: several processes at once are then the user's business
             pass
-        write_file(job.folder / RECORD, json.dumps(job.record, indent=1) + "\n")
+        write_file(job.record_file, json.dumps(job.record, indent=1) + "\n")
         kwargs: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         return subprocess.Popen(
             [*job.command, *arguments],
@@ -127,10 +136,10 @@ def start(job: Job, arguments: Sequence[str], environment: Mapping[str, str] | N
         )
 
 
-def last_line(folder: Path) -> str:
+def last_line(job: Job) -> str:
     """The last line that is not empty of what a job has printed."""
-    with open(folder / LOG, "rb") as log:
-        log.seek(max(0, os.path.getsize(folder / LOG) - 10_000))
+    with open(job.log, "rb") as log:
+        log.seek(max(0, os.path.getsize(job.log) - 10_000))
         lines = log.read().decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it has printed nothing")
 

@@ -33,7 +33,7 @@ from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_set
 from psla_sb.files import put_back_on_error, wait_for, write_file
 from psla_sb.labels.calibration import check_target_precision
 from psla_sb.labels.label_sets import LabelSets
-from psla_sb.labels.teacher_scores import open_scores
+from psla_sb.labels.teacher_scores import check_teacher, open_scores
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes import chain
 
@@ -209,6 +209,8 @@ def tagging_dataset(name: str, hparams: dict[str, Any], vocabulary: Vocabulary) 
         labels = hparams["label_enhancement"](manifest, labels, vocabulary)
     if name == "train" and hparams.get("teacher_scores") is not None:
         teacher = open_scores(hparams["teacher_scores"], manifest, vocabulary)
+        figures = check_teacher(teacher, labels, hparams["teacher_scores"])
+        logger.info("The teacher's mAP on the training labels is %.4f, by chance it would be %.4f", *figures)
     crop = crop_of("train_crop" if name == "train" else "eval_crop", hparams)
     rate, seed = hparams["sample_rate"], hparams["seed"]
     n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], rate)

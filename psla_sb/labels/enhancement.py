@@ -18,7 +18,7 @@ from speechbrain.utils.logger import get_logger
 from psla_sb.errors import InputError
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
-from psla_sb.labels.teacher_scores import read_scores
+from psla_sb.labels.teacher_scores import check_classes, read_scores
 from psla_sb.labels.vocabulary import Vocabulary
 
 logger = get_logger(__name__)
@@ -182,7 +182,10 @@ def enhance_annotation(
     [[0, 1], [0, 1]]
     """
     values, ids, source = read_scores(scores)
-    rows = manifest.rows_in(ids, source)
+    check_classes(source, vocabulary)
+    rows = manifest.rows_in(
+        ids, source, " Scores of only a part of the clips can teach (teacher_scores), but cannot enhance labels."
+    )
     # It is the labels that are put into the order of the scores, which may be larger than the memory. Rows of other clips get
     # no labels, so they count for no threshold and have no candidates.
     #

@@ -276,7 +276,7 @@ def test_a_key_that_was_not_there_had_a_meaning(used, mini_data, tmp_path):
 def test_a_teachers_scores_are_known_by_what_they_say(mini_data, tiny_run, tmp_path):
     clips = Manifest.from_csv(tiny_run[0] / "train.csv", mini_data)
     vocabulary = Vocabulary.from_csv(tiny_run[0] / "class_labels_indices.csv")
-    scores = np.full((len(clips), len(vocabulary)), 0.25, np.float32)
+    scores = 0.25 + clips.targets(vocabulary) / 4
 
     def teacher(name, values):
         np.save(tmp_path / f"{name}.npy", values)
@@ -288,7 +288,7 @@ def test_a_teachers_scores_are_known_by_what_they_say(mini_data, tiny_run, tmp_p
     run = {**settings, "number_of_epochs": 1, "teacher_scores": teacher("one", scores)}
     assert ended(tmp_path, "hparams/mini.yaml", **run)[0] == 0
     assert ended(tmp_path, "hparams/mini.yaml", **{**run, "teacher_scores": teacher("moved", scores)})[0] == 0
-    for changed in (teacher("one", scores + 0.5), "null"):
+    for changed in (teacher("one", scores + 0.25), "null"):
         status, line = ended(tmp_path, "hparams/mini.yaml", **{**run, "teacher_scores": changed, "number_of_epochs": 2})
         assert (status, "teacher_scores has other scores" in line) == (2, True)
 
