@@ -109,7 +109,8 @@ def ablate(
     slots = slots_of(options)
     check_preparation(file, varied, len(slots))
     folder = options.output_folder or Path("results") / "ablation" / file.stem
-    off = [name for name in TECHNIQUES if name not in techniques_in_use(settings)]
+    in_use = techniques_in_use(settings)
+    off = [name for name, keys in TECHNIQUES.items() if name not in in_use and any(key in settings for key in keys)]
     if off:
         print(f"Already off in {file.name}, and so left out: {', '.join(off)}.", file=sys.stderr)
 

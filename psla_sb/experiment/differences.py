@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from psla_sb.checkpoints.run_folder import read_results
+from psla_sb.experiment.averages import EMA, SWA
 from psla_sb.experiment.evaluation import ROWS
 from psla_sb.experiment.variants import Variant, changes
 from psla_sb.files import atomic_write, write_file
@@ -106,6 +107,8 @@ def lines_of(
         if settings.get("test_annotation")
         else ["last", "weight_average", "ensemble"]
     )
+    # of runs that have a moving average
+    others += [SWA, EMA]
     for one in others:
         if one != row:
             published = published_rows(data_set, one, row)

@@ -6,13 +6,22 @@ from typing import Any, NamedTuple
 
 from psla_sb.errors import InputError
 
-# PSLA's techniques that are switched off by an override, as on the command line. Aggregation needs no runs of its own.
+# Techniques that are switched off by an override, as on the command line: PSLA's, and those of later systems, which psla_plus.yaml
+# has. Aggregation needs no runs of its own.
 TECHNIQUES = {
     "pretraining": {"pretrained": "null"},
     "balanced sampling": {"balanced_sampling": "False"},
     "mixup": {"mixup_rate": "0"},
     "masks": {"freq_mask": "0", "time_mask": "0"},
     "label enhancement": {"label_enhancement": "null"},
+    "gain": {"gain": "0"},
+    "roll": {"roll": "0"},
+    "larger half": {"mixup_at_least_half": "False"},
+    "Freq-MixStyle": {"freq_mixstyle": "0"},
+    "mel edges": {"edge_ranges": "[0, 0]"},
+    "teacher": {"teacher_scores": "null"},
+    "moving average": {"ema_decay": "null"},
+    "estimated statistics": {"batch_norm_clips": "null"},
 }
 
 
@@ -34,7 +43,8 @@ def techniques_in_use(settings: Mapping[str, Any]) -> list[str]:
     >>> techniques_in_use({"pretrained": None, "balanced_sampling": True, "mixup_rate": 0, "freq_mask": 0, "time_mask": 40})
     ['balanced sampling', 'masks']
     """
-    return [name for name, off in TECHNIQUES.items() if any(settings.get(key) not in (None, False, 0) for key in off)]
+    values = {name: [settings.get(key) for key in off] for name, off in TECHNIQUES.items()}
+    return [name for name, of_keys in values.items() if any(any(one) if isinstance(one, list) else one for one in of_keys)]
 
 
 def variants_of(settings: Mapping[str, Any], varied: Mapping[str, Mapping[str, Any]] | None = None) -> list[Variant]:
