@@ -146,7 +146,7 @@ def start_processes(run_opts: RunOptions, knows_dry_run: bool = False) -> RunOpt
     does not know `--dry_run` refuses it, since it would do what it was not meant to.
     """
     if getattr(run_opts, "dry_run", False) and not knows_dry_run:
-        raise InputError("--dry_run is an option of train.py and ablate.py")
+        raise InputError("--dry_run is an option of train.py, ablate.py and out_of_fold.py")
     if run_opts.device == "cuda":
         # of several, that of this process
         device = f"cuda:{get_local_rank() or 0}"

@@ -133,7 +133,7 @@ def test_what_has_no_dry_run_refuses_it(tiny_run, tmp_path, capsys):
             str(TRAIN), ["hparams/aggregate.yaml", "--dry_run", f"--runs={tiny_run[0]}", f"--output_folder={tmp_path / 'x'}"]
         )
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("error: --dry_run is an option of train.py and ablate.py\n")
+    assert capsys.readouterr().err.endswith("error: --dry_run is an option of train.py, ablate.py and out_of_fold.py\n")
 
 
 def test_trackers_are_told_and_go_on(mini_data, tmp_path):
