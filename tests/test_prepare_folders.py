@@ -293,6 +293,13 @@ def test_groups_by_pattern(tmp_path):
     # recordings of both classes are one group
     assert all(len(sets) == 1 for sets in where.values())
     assert {frozenset(sets) for sets in where.values()} == {frozenset({name}) for name in ("train", "valid", "test")}
+    # and are written, for out-of-fold teachers, which share training clips out again
+    from psla_sb.experiment.out_of_fold import groups_of
+
+    manifest = Manifest.from_csv(tmp_path / "out" / "train.csv")
+    recordings = [clip["id"].split("_")[1] for clip in map(manifest.__getitem__, range(len(manifest)))]
+    pairs = set(zip(groups_of(manifest, None).tolist(), recordings, strict=True))
+    assert len(pairs) == len(set(recordings)) == len({group for group, _ in pairs})
     clips = clips_of(root, {}).clips
     with pytest.raises(InputError, match=r"'rec\(': is no regular expression"):
         group_by_pattern(clips, "rec(")

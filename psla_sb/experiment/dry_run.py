@@ -32,6 +32,8 @@ def dry_run(
     train = brain.make_dataloader(sets["train"], sb.Stage.TRAIN, ckpt_prefix=None, **loaders["train"])
     valid = brain.make_dataloader(sets["valid"], sb.Stage.VALID, ckpt_prefix=None, **loaders["valid"])
     brain.on_fit_start()
+    # SpeechBrain's fit begins to count here
+    brain.nonfinite_count = 0
     brain.modules.train()
     brain.on_stage_start(sb.Stage.TRAIN)
     read, step = _times(train, brain, lambda batch: brain.fit_batch(batch))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from scipy.sparse import csr_array
 
 from psla_sb.dataio.bad_clips import csv_line
@@ -81,7 +82,12 @@ def _columns(prepared: Prepared) -> dict[str, Any]:
     joined = [";".join(mids[c] for c in labels.indices[slice(*rows)]) for rows in itertools.pairwise(labels.indptr)]
     seconds = [one.seconds for one in prepared.measured]
     columns = {"ids": ids_of(prepared.source, clips), "wavs": [clip.path for clip in clips], "durations": seconds, "labels": joined}
-    return columns | ({"starts": [clip.start for clip in clips]} if any(clip.start is not None for clip in clips) else {})
+    if any(clip.start is not None for clip in clips):
+        columns["starts"] = [clip.start for clip in clips]
+    if len(np.unique(prepared.groups)) < len(clips):
+        # for whoever splits these clips again
+        columns["group"] = prepared.groups.tolist()
+    return columns
 
 
 def ids_of(source: Path, clips: Sequence[Clip]) -> list[str]:
@@ -109,7 +115,12 @@ def _write_parts(folder: Path, columns: dict[str, Any], parts: np.ndarray) -> No
     for part in (2, 1, 0):
         rows, path = np.flatnonzero(parts == part), folder / f"{SPLITS[part]}.csv"
         if len(rows):
-            Manifest.from_columns(**{name: [cells[row] for row in rows] for name, cells in columns.items()}).to_csv(path)
+            chosen = {name: [cells[row] for row in rows] for name, cells in columns.items()}
+            groups = chosen.pop("group", None)
+            manifest = Manifest.from_columns(**chosen)
+            if groups is not None:
+                manifest = Manifest(manifest.table.append_column("group", pa.array(groups)))
+            manifest.to_csv(path)
         else:
             path.unlink(missing_ok=True)
 
