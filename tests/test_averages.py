@@ -3,6 +3,7 @@
 import copy
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.averages import Ema, averaged_epochs
 from psla_sb.labels.vocabulary import Vocabulary
+from psla_sb.lobes.augment import FreqMixStyle, Gain, Roll
 from psla_sb.metrics import summarize
 from runs import TRAIN, command, differences, finish, run, two_ranks
 
@@ -192,7 +194,7 @@ def test_killed_and_resumed_is_bit_exact(whole, settings, tmp_path, accumulation
     assert differences(folder, tmp_path / "killed") == []
 
 
-def test_two_ranks_keep_the_same_averages_and_draw_independently(settings, tmp_path):
+def test_two_ranks_keep_the_same_averages(settings, tmp_path):
     settings = {**settings, "number_of_epochs": 2, "batch_size": 4, "ckpt_interval_steps": 2}
     argv = command(TRAIN, PLUS, **settings, output_folder=tmp_path / "whole")
     assert two_ranks(argv, tmp_path / "whole_log") == [0, 0], (tmp_path / "whole_log.0").read_text()
@@ -204,6 +206,34 @@ def test_two_ranks_keep_the_same_averages_and_draw_independently(settings, tmp_p
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["evaluation"]["ema"]["mAP"] == pytest.approx(results["epochs"][-1]["ema_mAP"], abs=1e-6)
     assert results["evaluation"]["swa"]["mAP"] == pytest.approx(results["epochs"][-1]["swa_mAP"], abs=1e-6)
+
+
+def test_micro_batches_and_ranks_draw_independently(monkeypatch):
+    """What the parts draw follows from PyTorch's generator, which has another state in each step of each process, and no other."""
+    from psla_sb.experiment import brain as module
+
+    brain = module.TaggingBrain({}, hparams={"seed": 3, "schedule": SimpleNamespace(on_step=lambda *step: None)})
+    brain.optimizer, brain.pace, brain.noprogressbar = None, module.Pace(0), False
+    brain.has_said_how_long = True
+    brain.audio_checks = {module.sb.Stage.TRAIN: lambda batch: None}
+    batch = SimpleNamespace(id=[], partner=[])
+    parts = [Gain(7), Roll(100), FreqMixStyle(p=1.0)]
+    drawn = {}
+    for rank in (0, 1):
+        monkeypatch.setattr(module, "rank_and_world_size", lambda rank=rank: (rank, 2))
+        for brain.optimizer_step, brain.step in ((0, 1), (0, 2), (1, 3)):
+            for again in (0, 1):
+                brain.on_fit_batch_start(batch, True)
+                clips = torch.linspace(0.1, 1, 300).repeat(4, 1)
+                said = [part(clips) for part in parts[:2]] + [
+                    parts[2](clips.reshape(4, 20, 15) * torch.arange(1, 5)[:, None, None])
+                ]
+                drawn[rank, brain.step, again] = said
+    for (rank, step, again), said in drawn.items():
+        assert all(map(torch.equal, said, drawn[rank, step, 1 - again]))
+        for other, others in drawn.items():
+            if other[:2] != (rank, step):
+                assert not any(map(torch.equal, said, others))
 
 
 def test_each_part_is_switched_off_by_one_override(settings, tmp_path):

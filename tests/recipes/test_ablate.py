@@ -18,6 +18,8 @@ import pytest
 from scipy import stats
 
 from psla_sb.experiment import ablate as ablate_module
+from psla_sb.experiment.hparams import resolve
+from psla_sb.experiment.variants import variants_of
 from psla_sb.metrics import FIGURES
 from runs import REPOSITORY, TINY, TRAIN, differences
 
@@ -385,3 +387,18 @@ def test_real_runs_are_stopped_and_go_on(tiny_run, mini_data, tmp_path):
     assert differences(out / "full" / "1", tiny_run[0]) == []
     assert len({file.read_bytes() for file in out.glob("*/*/results.json")}) == 4
     assert (out / "ablation.png").exists()
+
+
+def test_the_parts_of_later_systems_are_techniques_too():
+    """Of psla_plus.yaml each can be left out, and tried alone; psla.yaml, which lacks their keys, says nothing of them."""
+    hparams = TRAIN.parent / "hparams"
+    plus = resolve(hparams / "psla_plus.yaml", {"data_folder": "x", "output_folder": "y"})
+    by_name = {variant.name: variant for variant in variants_of(plus)}
+    parts = ("gain", "roll", "larger half", "Freq-MixStyle", "mel edges", "moving average", "estimated statistics")
+    assert {f"{which} {part}" for which in ("no", "only") for part in parts} <= set(by_name)
+    assert by_name["no mel edges"].overrides == {"edge_ranges": "[0, 0]"}
+    assert "no teacher" not in by_name
+    taught = {variant.name for variant in variants_of({**plus, "teacher_scores": "teacher"})}
+    assert "no teacher" in taught
+    psla = resolve(hparams / "psla.yaml", {"data_folder": "x", "output_folder": "y"})
+    assert not {f"no {part}" for part in parts} & {variant.name for variant in variants_of(psla)}
