@@ -96,21 +96,26 @@ def update_batch_norm(
     loader: Iterable[Any],
     n_samples: int | None = None,
     check: Callable[[Any], None] = check_audio,
+    features: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Estimates an encoder's batch-norm statistics anew, as averaged weights may need.
 
     Theirs are those of no model that was trained (Izmailov et al., "Averaging weights leads to wider optima and better
-    generalization", UAI 2018). Every batch of training clips counts the same; clips are neither mixed nor masked. `check` looks
-    for broken sounds in each batch.
+    generalization", UAI 2018). Every batch of training clips counts the same. `check` looks for broken sounds in each batch, and
+    `features` gives its features and relative lengths, by default of clips that are neither mixed nor masked. A network whose
+    training mixes and masks is better off with statistics of such clips.
     """
     encoder = modules["embedding_model"]
     device = next((parameter.device for parameter in encoder.parameters()), torch.device("cpu"))
 
-    def features() -> Iterator[list]:
+    def of_clips(batch: Any) -> tuple[Tensor, Tensor]:
+        wavs, lens = (x.to(device) for x in batch.sig)
+        return chain.features(modules, wavs, lens, n_samples=n_samples)
+
+    def batches() -> Iterator[list]:
         for batch in loader:
             check(batch)
-            wavs, lens = (x.to(device) for x in batch.sig)
             # `update_bn` gives a network the first element of a list
-            yield [chain.features(modules, wavs, lens, n_samples=n_samples)]
+            yield [(features or of_clips)(batch)]
 
-    update_bn(features(), _TrainingNorms(encoder).eval())
+    update_bn(batches(), _TrainingNorms(encoder).eval())

@@ -25,6 +25,7 @@ from psla_sb.checkpoints.weights import copy_statistics, load_into, state_of, tr
 from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.batches import Reading
 from psla_sb.dataio.dataset import TaggingDataset, clip_loader
+from psla_sb.dataio.sampler import Draw
 from psla_sb.errors import InputError
 from psla_sb.experiment.device import DeviceBrain
 from psla_sb.lobes import chain
@@ -97,8 +98,8 @@ class AveragingBrain(DeviceBrain):
     """A Brain that keeps averages of its weights and scores validation clips with them too.
 
     Hyperparameters, all optional: `ema_decay` (None: no moving average), `validate_average` (whether the mean of epochs is
-    validated after each of them), `average_start`, `average_every`, and `batch_norm_clips`: from so many training clips the
-    batch-norm statistics of averaged weights are estimated anew (None: they are averaged like weights).
+    validated after each of them), `average_start`, `average_every`, and `batch_norm_clips`: from so many training clips, mixed and
+    masked as in training, the batch-norm statistics of averaged weights are estimated anew (None: they are averaged like weights).
     """
 
     ema: Ema | None = None
@@ -175,25 +176,54 @@ class AveragingBrain(DeviceBrain):
         return modules
 
     def estimate_batch_norm(self, modules: Mapping[str, nn.Module]) -> None:
-        """Estimates batch-norm statistics of averaged weights from training clips, if `batch_norm_clips` says so."""
+        """Estimates batch-norm statistics of averaged weights, if `batch_norm_clips` says so, from clips as they are trained on."""
         wanted, clips = getattr(self.hparams, "batch_norm_clips", None), self.train_clips
         if not wanted:
             return
         if clips is None:
             raise ValueError("batch_norm_clips needs the Brain's train_clips, a TaggingDataset")
-        # a front end that draws in training must not do so here
-        for module in (*self.hparams.modules.values(), *modules.values()):
-            module.eval()
-        rows = np.linspace(0, len(clips) - 1, min(wanted, len(clips))).round().astype(int)
-        batches = [part.tolist() for part in np.array_split(rows, -(-len(rows) // self.hparams.batch_size))]
-        workers = getattr(self.hparams, "num_workers", 0)
-        on_gpu = self.device_type == "cuda"
-        # a random crop has no place without a draw
-        crop = "centre" if clips.crop == "random" else clips.crop
-        loader = clip_loader(clips.data, clips.sample_rate, self.n_samples, batches, workers, crop, pin_memory=on_gpu)
+        used = {**self.hparams.modules, **modules}
+        front_end = used["compute_features"]
+
+        def features(batch: PaddedBatch) -> tuple[Tensor, Tensor]:
+            batch, partners = self.on_device(batch), batch.partner
+            (wavs, wav_lens), labels = batch.sig, torch.zeros(len(batch.id), 1, device=self.device)
+            wavs, wav_lens, _ = self.augment_waveforms(wavs, wav_lens, labels, sum(partners))
+            return chain.features(used, wavs, wav_lens, self.augment_features, self.n_samples)
+
+        workers, on_gpu = getattr(self.hparams, "num_workers", 0), self.device_type == "cuda"
+        batches = self._batches_of_some(len(clips), min(wanted, len(clips)))
+        loader = clip_loader(clips.data, clips.sample_rate, self.n_samples, batches, workers, clips.crop, pin_memory=on_gpu)
         check = self.audio_checks.get(sb.Stage.TRAIN, check_audio)
-        with self.evaluation_ctx, torch.no_grad():
-            update_batch_norm({**self.hparams.modules, **modules}, loader, self.n_samples, check)
+        with torch.random.fork_rng([self.device] if on_gpu else []), self.evaluation_ctx, torch.no_grad():
+            # the same clips, mixed and masked alike, each time
+            torch.manual_seed(self.hparams.seed)
+            front_end.train()
+            update_batch_norm(used, loader, self.n_samples, check, features)
+        for module in used.values():
+            module.eval()
+
+    def _batches_of_some(self, n_clips: int, n_wanted: int) -> list[list[Draw]]:
+        """Batches of clips, evenly spaced, each with as many partners as in training."""
+        rows = np.linspace(0, n_clips - 1, n_wanted).round().astype(int)
+        rng = np.random.default_rng(self.hparams.seed)
+        # in the annotation's order those of a batch may be alike
+        rng.shuffle(rows)
+        size, batches = self.hparams.batch_size, list[list[Draw]]()
+        for start in range(0, n_wanted, size):
+            chosen = rows[start : start + size].tolist()
+            partners = rng.integers(n_clips, size=round(getattr(self.hparams, "mixup_rate", 0) * len(chosen))).tolist()
+            drawn = [*((row, False) for row in chosen), *((row, True) for row in partners)]
+            batches.append([Draw(row, 0, 2 * start + i, partner) for i, (row, partner) in enumerate(drawn)])
+        return batches
+
+    def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Changes the waveforms of a training batch, and mixes its last `n_partners` into others."""
+        raise NotImplementedError
+
+    def augment_features(self, feats: Tensor, lens: Tensor) -> Tensor:
+        """Changes the features of a training batch."""
+        raise NotImplementedError
 
     def begin_validation(self, epoch: int | None) -> None:
         """Prepares the averages that this validation scores as well."""
