@@ -23,7 +23,7 @@ from psla_sb.metrics import summarize
 from runs import TRAIN, command, differences, finish, run, two_ranks
 
 PLUS = "hparams/mini_plus.yaml"
-SETTINGS = {"n_frames": 50, "device": "cpu", "ema_decay": 0.8}
+SETTINGS = {"n_frames": 50, "device": "cpu", "ema_decay": 0.8, "batch_norm_clips": 30, "freq_mixstyle": 0.4}
 
 
 def network():
