@@ -59,7 +59,7 @@ def test_the_moving_average_is_timms(decay):
     for key, value in theirs.module.state_dict().items():
         torch.testing.assert_close(ours.modules_of["net"].state_dict()[key], value, msg=key)
     assert not any(p.requires_grad for p in ours.parameters())
-    assert not ours.module.training
+    assert not ours.averages.training
 
 
 def test_the_moving_average_goes_on_from_its_state():

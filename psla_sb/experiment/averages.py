@@ -9,6 +9,7 @@ SWA: Izmailov et al., "Averaging weights leads to wider optima and better genera
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,25 @@ import torch
 from speechbrain.dataio.batch import PaddedBatch
 from speechbrain.utils.distributed import if_main_process
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from psla_sb.aggregation.averaging import average_weights, update_batch_norm
 from psla_sb.checkpoints.run_folder import snapshot_path
-from psla_sb.checkpoints.weights import copy_statistics, load_into, state_of, trained_modules
+from psla_sb.checkpoints.weights import copy_statistics, load_into, persistent_buffers, state_of, trained_modules
 from psla_sb.dataio.bad_clips import check_audio
 from psla_sb.dataio.batches import Reading
 from psla_sb.dataio.dataset import TaggingDataset, clip_loader
 from psla_sb.dataio.sampler import Draw
 from psla_sb.errors import InputError
 from psla_sb.experiment.device import DeviceBrain
+from psla_sb.files import wait_for
 from psla_sb.lobes import chain
 from psla_sb.metrics import TaggingStats, summarize
 
 EMA, SWA = "ema", "swa"
 
 
-class Ema(AveragedModel):
-    """Keeps an exponential moving average of modules' weights and statistics, in float32, on their device.
+class Ema(nn.Module):
+    """Keeps an exponential moving average of modules' weights and statistics, in their own precision and on their device.
 
     Step n, counted from 0, weighs the average so far with min(1 - (1 + n)^(-2/3), `decay`), so that the random weights of the
     start are soon forgotten; as timm's `ModelEmaV3` with warm-up does. Buffers are averaged too; whole numbers are copied.
@@ -51,31 +52,35 @@ class Ema(AveragedModel):
     1.629960...
     """
 
+    n_averaged: Tensor
+
     def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        super().__init__()
         if not 0 <= decay < 1:
             raise InputError(f"ema_decay must be at least 0 and less than 1, such as 0.999, or null for none; not {decay!r}")
         self.decay = decay
-        super().__init__(nn.ModuleDict(modules), multi_avg_fn=self._average, use_buffers=True)
-        self.module.requires_grad_(False).eval()
-        # not a submodule: its weights are others'
+        self.averages = copy.deepcopy(nn.ModuleDict(modules)).requires_grad_(False).eval()
+        # on the CPU, so that no GPU is waited for
+        self.register_buffer("n_averaged", torch.tensor(0))
+        # in a tuple, and so no submodule: its weights are others'
         self._live = (nn.ModuleDict(modules),)
 
     @property
     def modules_of(self) -> dict[str, nn.Module]:
         """The averaged modules, by name."""
-        return dict(self.module.named_children())
+        return dict(self.averages.named_children())
 
+    @torch.no_grad()
     def update(self) -> None:
         """Takes up the weights as they are now."""
-        self.update_parameters(self._live[0])
-
-    def _average(self, averages: Any, weights: Any, n_averaged: Any) -> None:
-        if not averages[0].is_floating_point():
-            torch._foreach_copy_(averages, weights)
-            return
-        # the argument may be on a GPU, which must not be waited for; the counter is not
         decay = min(1 - (1 + int(self.n_averaged)) ** (-2 / 3), self.decay)
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        averages, weights = ([*module.parameters(), *module.buffers()] for module in (self.averages, *self._live))
+        floats = [weight.is_floating_point() for weight in weights]
+        torch._foreach_lerp_([*compress(averages, floats)], [*compress(weights, floats)], 1 - decay)
+        if not all(floats):
+            whole = [not one for one in floats]
+            torch._foreach_copy_([*compress(averages, whole)], [*compress(weights, whole)])
+        self.n_averaged += 1
 
 
 def averaged_epochs(numbers: Sequence[int], last: int, start: int, every: int) -> list[int]:
@@ -148,9 +153,9 @@ class AveragingBrain(DeviceBrain):
             if if_main_process():
                 self.estimate_batch_norm(modules)
             if self.distributed_launch:
-                for module in modules.values():
-                    for tensor in (*module.parameters(), *module.buffers()):
-                        torch.distributed.broadcast(tensor.detach(), 0)
+                # weights are the same in all processes
+                for buffer in persistent_buffers(nn.ModuleDict(modules)):
+                    torch.distributed.broadcast(buffer, 0)
         return averages
 
     def epochs_averaged(self, epoch: int) -> list[int]:
@@ -165,8 +170,11 @@ class AveragingBrain(DeviceBrain):
         trained = trained_modules(self.hparams.modules)
         modules = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
         earlier = self.epochs_averaged(epoch)[:-1]
-        if earlier and if_main_process():
-            mean = average_weights([snapshot_path(self.hparams.output_folder, number) for number in earlier])
+        if earlier:
+            paths = [snapshot_path(self.hparams.output_folder, number) for number in earlier]
+            for path in paths:
+                wait_for(path)
+            mean = average_weights(paths)
             state = {f"{name}.{key}": value.cpu() for name, module in trained.items() for key, value in state_of(module).items()}
             share = 1 / (len(earlier) + 1)
             both = {
