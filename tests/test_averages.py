@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -12,13 +13,18 @@ import torch
 from speechbrain.processing.features import InputNormalization
 from torch import nn
 
+from psla_sb.aggregation.averaging import update_batch_norm
 from psla_sb.checkpoints.run_folder import average_path, ema_path, snapshot_path, swa_path
-from psla_sb.checkpoints.weights import load_weights
+from psla_sb.checkpoints.weights import copy_statistics, load_weights
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.averages import Ema, averaged_epochs
+from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.augment import FreqMixStyle, Gain, Roll
+from psla_sb.lobes.efficientnet import EfficientNetEncoder
+from psla_sb.lobes.features import GlobalNorm, KaldiFbank
+from psla_sb.lobes.pooling import ConvPooling
 from psla_sb.metrics import summarize
 from runs import TRAIN, command, differences, finish, run, two_ranks
 
@@ -68,17 +74,27 @@ def test_the_moving_average_goes_on_from_its_state():
     train_a_little(net, whole.update, 5)
     resumed = Ema({"net": net}, 0.9)
     resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
-    for ema in (whole, resumed):
-        generator = torch.Generator().manual_seed(2)
-        for parameter in net.parameters():
-            parameter.data += torch.randn(parameter.shape, generator=generator)
-        ema.update()
-        for parameter in net.parameters():
-            parameter.data.zero_()
-        if ema is whole:
-            kept = copy.deepcopy(whole.state_dict())
-    # zero + the same noise is what both were given last
-    assert int(kept["n_averaged"]) == int(resumed.n_averaged) == 6
+    before = copy.deepcopy(whole.state_dict())
+    train_a_little(net, lambda: (whole.update(), resumed.update()), 3)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+        # a bias before a batch norm has no gradient
+        assert key == "averages.net.0.bias" or not torch.equal(value, before[key]), key
+    assert int(resumed.n_averaged) == 8
+
+
+def test_weights_that_layers_share_are_averaged_once():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.weight = first.weight
+    ema = Ema({"net": nn.Sequential(first, second)}, 0.9)
+    before = first.weight.detach().clone()
+    ema.update()
+    with torch.no_grad():
+        first.weight += 1
+    ema.update()
+    shared = ema.modules_of["net"][0].weight
+    assert shared is ema.modules_of["net"][1].weight
+    torch.testing.assert_close(shared, torch.lerp(before, before + 1, 2 ** (-2 / 3)))
 
 
 def test_averaged_epochs():
@@ -178,6 +194,8 @@ def test_killed_and_resumed_is_bit_exact(whole, settings, tmp_path, accumulation
         "ckpt_interval_steps": 2,
         "grad_accumulation_factor": accumulation,
         "number_of_epochs": 2,
+        # which must not disturb the statistics that another process estimates
+        "drop_connect": 0.2,
     }
     folder, log = tmp_path / "whole", tmp_path / "log"
     assert finish(command(TRAIN, PLUS, **settings, output_folder=folder), log) == 0, log.read_text()
@@ -261,15 +279,80 @@ def test_each_part_is_switched_off_by_one_override(settings, tmp_path):
         assert not part(built), key
 
 
-def test_statistics_of_speechbrains_normalisation_are_those_of_the_training(settings, tmp_path, monkeypatch):
+def test_statistics_of_speechbrains_normalisation_are_copied():
     """They are in no state dict, and change from batch to batch."""
-    from psla_sb.checkpoints.weights import copy_statistics
-
     one, other = InputNormalization(), InputNormalization()
     one(torch.randn(4, 10, 3), torch.ones(4), epoch=0)
     copy_statistics(nn.Sequential(one), nn.Sequential(other))
     assert torch.equal(one.glob_mean, other.glob_mean)
     assert one.count == other.count
+
+
+def test_evaluated_again_by_another_process_it_is_the_same(settings, tmp_path):
+    """Also with drop-connect, and though the process has trained nothing."""
+    given = {**settings, "drop_connect": 0.5, "number_of_epochs": 2, "output_folder": tmp_path / "run"}
+    argv, kept = command(TRAIN, PLUS, **given), tmp_path / "kept"
+    run(argv)
+    shutil.copytree(tmp_path / "run", kept)
+    run([*argv, "--test_only"])
+    assert differences(kept, tmp_path / "run") == []
+
+
+def test_a_brain_of_ones_own_whose_batches_have_no_waveforms():
+    brain = TaggingBrain({}, hparams={"n_classes": 2})
+    brain.begin_validation(None)
+    # without an average nothing is asked of the batch
+    brain.score_with_averages(SimpleNamespace())
+    assert brain.end_validation() == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ema_decay", 1),
+        ("ema_decay", True),
+        ("average_every", 0),
+        ("average_every", 1.5),
+        ("batch_norm_clips", -1),
+        ("validate_average", "yes"),
+        ("distillation_temperature", 0),
+        ("distillation_weight", -1),
+    ],
+)
+def test_wrong_values_are_refused_before_the_training(settings, tmp_path, key, value):
+    done = run(command(TRAIN, PLUS, **{**settings, key: value}, output_folder=tmp_path / "run"), check=False)
+    assert done.returncode == 2
+    assert f"{key} must be" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norms_of_a_classifier_are_estimated_too():
+    torch.manual_seed(0)
+    modules = {
+        "compute_features": KaldiFbank(n_mels=16, n_frames=20),
+        "mean_var_norm": GlobalNorm(),
+        "embedding_model": EfficientNetEncoder("b0", width=0.1, depth=0.1),
+    }
+    modules["classifier"] = ConvPooling(modules["embedding_model"].out_channels, 3)
+    norms = [part for part in modules["classifier"].modules() if isinstance(part, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    batches = [SimpleNamespace(sig=(torch.randn(4, 3400), torch.ones(4))) for _ in range(2)]
+    update_batch_norm(modules, batches, modules["compute_features"].n_samples, check=lambda batch: None)
+    assert norms
+    assert not any(torch.equal(norm.running_mean, old) for norm, old in zip(norms, before, strict=True))
+
+
+def test_an_old_folder_without_a_teacher_goes_on(settings, mini_data, tmp_path):
+    """Its distillation_weight was 1: a teacher alone makes it matter."""
+    argv = command(TRAIN, "hparams/mini.yaml", data_folder=mini_data, output_folder=tmp_path / "run", number_of_epochs=1)
+    run(argv)
+    file = tmp_path / "run" / "identity.json"
+    identity = json.loads(file.read_text())
+    identity["settings"]["distillation_weight"] = 1.0
+    del identity["contents"]["teacher_loss"]
+    file.write_text(json.dumps(identity))
+    run([*argv, "--number_of_epochs=2"])
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())["epochs"]) == 2
 
 
 def test_a_changed_average_is_refused_in_a_used_folder(whole, settings):

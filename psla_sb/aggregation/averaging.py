@@ -74,21 +74,27 @@ def _add_weights(source: Source, total: dict[str, Tensor], dtypes: dict[str, tor
 
 
 class _TrainingNorms(nn.Module):
-    """A network of which only the batch norms are ever in training mode: drop-connect would disturb what they measure."""
+    """An encoder and its classifier; only batch norms are ever in training mode: drop-connect would disturb what they measure."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, modules: Mapping[str, nn.Module]):
         super().__init__()
-        self.network = network
+        self.network = nn.ModuleDict({name: modules[name] for name in ("embedding_model", "classifier") if name in modules})
 
     def train(self, mode: bool = True) -> "_TrainingNorms":
         self.training = mode
-        for module in self.network.modules():
-            if isinstance(module, _BatchNorm):
-                module.train(mode)
+        for norm in _norms(self.network):
+            norm.train(mode)
         return self
 
     def forward(self, feats_and_lens: tuple[Tensor, Tensor]) -> Any:
-        return chain.call(self.network, *feats_and_lens)
+        feature_map = chain.call(self.network["embedding_model"], *feats_and_lens)
+        if "classifier" in self.network and any(True for _ in _norms(self.network["classifier"])):
+            chain.classify({"classifier": self.network["classifier"]}, feature_map, feats_and_lens[1])
+        return feature_map
+
+
+def _norms(module: nn.Module) -> Iterator[nn.Module]:
+    return (part for part in module.modules() if isinstance(part, _BatchNorm))
 
 
 def update_batch_norm(
@@ -98,7 +104,7 @@ def update_batch_norm(
     check: Callable[[Any], None] = check_audio,
     features: Callable[[Any], tuple[Tensor, Tensor]] | None = None,
 ) -> None:
-    """Estimates an encoder's batch-norm statistics anew, as averaged weights may need.
+    """Estimates the batch-norm statistics of an encoder and its classifier anew, as averaged weights may need.
 
     Theirs are those of no model that was trained (Izmailov et al., "Averaging weights leads to wider optima and better
     generalization", UAI 2018). Every batch of training clips counts the same. `check` looks for broken sounds in each batch, and
@@ -118,4 +124,4 @@ def update_batch_norm(
             # `update_bn` gives a network the first element of a list
             yield [(features or of_clips)(batch)]
 
-    update_bn(batches(), _TrainingNorms(encoder).eval())
+    update_bn(batches(), _TrainingNorms(modules).eval())

@@ -1,5 +1,6 @@
 """`psla-teacher`: brings in the scores of other systems, to learn from."""
 
+import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 EXAMPLES = """examples:
@@ -50,4 +51,4 @@ def teacher(arguments: list[str] | None = None) -> None:
     how = f": {found.by_id} by their ID, {found.by_youtube_id} by YouTube's ID in it" if found.by_youtube_id else ""
     print(f"Scores of {n} of {found.n_clips} clips ({n / found.n_clips:.1%}){how}.")
     print(f"The teacher's mAP on their labels is {found.score:.4f}, and by chance {found.chance:.4f}.")
-    print(f"{options.out} is written. Learn from it: train.py ... --teacher_scores={options.out}")
+    print(f"{options.out} is written. Learn from it: train.py ... --teacher_scores={shlex.quote(options.out)}")

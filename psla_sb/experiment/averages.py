@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from psla_sb.aggregation.averaging import average_weights, update_batch_norm
 from psla_sb.checkpoints.run_folder import snapshot_path
 from psla_sb.checkpoints.weights import copy_statistics, load_into, persistent_buffers, state_of, trained_modules
-from psla_sb.dataio.bad_clips import check_audio
+from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.batches import Reading
 from psla_sb.dataio.dataset import TaggingDataset, clip_loader
 from psla_sb.dataio.sampler import Draw
@@ -62,8 +62,10 @@ class Ema(nn.Module):
         self.averages = copy.deepcopy(nn.ModuleDict(modules)).requires_grad_(False).eval()
         # on the CPU, so that no GPU is waited for
         self.register_buffer("n_averaged", torch.tensor(0))
-        # in a tuple, and so no submodule: its weights are others'
-        self._live = (nn.ModuleDict(modules),)
+        # looked for once, since there are hundreds; by name, since a module may replace a buffer; shared ones once
+        pairs = zip(self.averages.modules(), nn.ModuleDict(modules).modules(), strict=True)
+        places = [(one, other, name) for one, other in pairs for name in (*other._parameters, *other._buffers)]
+        self._places = list({id(getattr(other, name)): (one, other, name) for one, other, name in places}.values())
 
     @property
     def modules_of(self) -> dict[str, nn.Module]:
@@ -74,7 +76,9 @@ class Ema(nn.Module):
     def update(self) -> None:
         """Takes up the weights as they are now."""
         decay = min(1 - (1 + int(self.n_averaged)) ** (-2 / 3), self.decay)
-        averages, weights = ([*module.parameters(), *module.buffers()] for module in (self.averages, *self._live))
+        tensors = ((getattr(one, name), getattr(other, name)) for one, other, name in self._places)
+        # a convolution without a bias has None in its place
+        averages, weights = zip(*((one, other) for one, other in tensors if other is not None), strict=True)
         floats = [weight.is_floating_point() for weight in weights]
         torch._foreach_lerp_([*compress(averages, floats)], [*compress(weights, floats)], 1 - decay)
         if not all(floats):
@@ -99,6 +103,34 @@ def averaged_epochs(numbers: Sequence[int], last: int, start: int, every: int) -
     return [number for number in numbers if number >= first and (number - first) % every == 0] or list(numbers[-1:])
 
 
+def check_averages(settings: Mapping[str, Any], file: Any) -> None:
+    """Refuses, before hours of training, values of the keys of averages, and of a teacher, that mean nothing.
+
+    Example
+    -------
+    >>> check_averages({"average_every": 0}, "psla.yaml")
+    Traceback (most recent call last):
+    ...
+    psla_sb.errors.InputError: psla.yaml: average_every must be a whole number, 1 or more, not 0
+    """
+
+    def is_number(value: Any, kind: Any = (int, float)) -> bool:
+        return isinstance(value, kind) and not isinstance(value, bool)
+
+    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "ema_decay": ("at least 0 and less than 1, such as 0.999", lambda value: is_number(value) and 0 <= value < 1),
+        "average_every": ("a whole number, 1 or more", lambda value: is_number(value, int) and value >= 1),
+        "batch_norm_clips": ("a whole number, 1 or more", lambda value: is_number(value, int) and value >= 1),
+        "validate_average": ("True or False", lambda value: isinstance(value, bool)),
+        "distillation_temperature": ("above 0", lambda value: is_number(value) and value > 0),
+        "distillation_weight": ("at least 0", lambda value: is_number(value) and value >= 0),
+    }
+    for key, (what, holds) in allowed.items():
+        value = settings.get(key)
+        if value is not None and not holds(value):
+            raise InputError(f"{file}: {key} must be {what}, not {value!r}")
+
+
 class AveragingBrain(DeviceBrain):
     """A Brain that keeps averages of its weights and scores validation clips with them too.
 
@@ -108,16 +140,17 @@ class AveragingBrain(DeviceBrain):
     """
 
     ema: Ema | None = None
+    _mean: dict[str, nn.Module] = {}  # noqa: RUF012 - replaced, never changed
     epochs: list[dict[str, Any]]
     train_clips: TaggingDataset | None = None  # from which batch-norm statistics are estimated
-    audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012 - replaced, never changed
+    audio_checks: dict[sb.Stage, Callable] = {}  # noqa: RUF012
     n_clips: dict[sb.Stage, int] = {}  # noqa: RUF012
     # during a validation: the modules of each average, and what they have scored
     _validated: dict[str, dict[str, Any]] = {}  # noqa: RUF012
     _average_stats: dict[str, TaggingStats] = {}  # noqa: RUF012
 
     def scores(self, wavs: Tensor, wav_lens: Tensor, modules: Mapping[str, Any] | None = None) -> Tensor:
-        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation, by the trained modules or others."""
+        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation, by the trained modules or an average's."""
         # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
         used = self.hparams.modules if modules is None else modules
         if self.n_samples is None:
@@ -126,10 +159,13 @@ class AveragingBrain(DeviceBrain):
 
     def begin_averages(self) -> None:
         """Begins the moving average, or goes on with that of the checkpoint; to be called before the checkpoint is loaded."""
-        decay = getattr(self.hparams, "ema_decay", None)
-        if decay is None:
+        trained = trained_modules(self.hparams.modules)
+        if getattr(self.hparams, "validate_average", None):
+            # copied before training: what a module keeps of a forward pass may be no copy
+            self._mean = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
+        if (decay := getattr(self.hparams, "ema_decay", None)) is None:
             return
-        self.ema = Ema(trained_modules(self.hparams.modules), decay)
+        self.ema = Ema(trained, decay)
         if self.checkpointer is not None:
             self.checkpointer.add_recoverable(EMA, self.ema)
 
@@ -144,7 +180,7 @@ class AveragingBrain(DeviceBrain):
         averages: dict[str, dict[str, nn.Module]] = {}
         if self.ema is not None:
             averages[EMA] = self.ema.modules_of
-        if getattr(self.hparams, "validate_average", None) and epoch in self.epochs_averaged(epoch):
+        if self._is_averaged(epoch):
             averages[SWA] = self._mean_after(epoch)
         trained = trained_modules(self.hparams.modules)
         for modules in averages.values():
@@ -165,65 +201,85 @@ class AveragingBrain(DeviceBrain):
         first = start if start >= 0 else max(1, limit + 1 + start)
         return averaged_epochs(range(1, epoch + 1), limit, start, every) if epoch >= first else []
 
+    def _is_averaged(self, epoch: int) -> bool:
+        """Says whether an epoch changes the mean of weights that is validated."""
+        return bool(getattr(self.hparams, "validate_average", None)) and epoch in self.epochs_averaged(epoch)
+
+    def averages_validated(self, first: int, last: int) -> int:
+        """Counts how often an average is validated after epochs `first` to `last`."""
+        return sum((self.ema is not None) + self._is_averaged(epoch) for epoch in range(first, last + 1))
+
     def _mean_after(self, epoch: int) -> dict[str, nn.Module]:
         """The mean of epochs' weights, the last of which are in the modules and have no snapshot yet."""
         trained = trained_modules(self.hparams.modules)
-        modules = {name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in trained.items()}
-        earlier = self.epochs_averaged(epoch)[:-1]
-        if earlier:
-            paths = [snapshot_path(self.hparams.output_folder, number) for number in earlier]
+        state = {f"{name}.{key}": value.cpu() for name, module in trained.items() for key, value in state_of(module).items()}
+        paths = [snapshot_path(self.hparams.output_folder, number) for number in self.epochs_averaged(epoch)[:-1]]
+        if paths:
             for path in paths:
                 wait_for(path)
-            mean = average_weights(paths)
-            state = {f"{name}.{key}": value.cpu() for name, module in trained.items() for key, value in state_of(module).items()}
-            share = 1 / (len(earlier) + 1)
-            both = {
-                key: torch.lerp(mean[key], value, share) if value.is_floating_point() else value for key, value in state.items()
-            }
-            load_into(modules, both)
-        return modules
+            mean, share = average_weights(paths), 1 / (len(paths) + 1)
+            floats = {key: value for key, value in state.items() if value.is_floating_point()}
+            state |= {key: torch.lerp(mean[key], value, share) for key, value in floats.items()}
+        load_into(self._mean, state)
+        return self._mean
+
+    @property
+    def n_statistics_clips(self) -> int:
+        """From how many training clips statistics are estimated."""
+        wanted = getattr(self.hparams, "batch_norm_clips", None) or 0
+        n_clips = len(self.train_clips) if self.train_clips is not None else 0
+        return min(wanted, n_clips, self.debug_batches * self.hparams.batch_size if self.debug else wanted)
 
     def estimate_batch_norm(self, modules: Mapping[str, nn.Module]) -> None:
         """Estimates batch-norm statistics of averaged weights, if `batch_norm_clips` says so, from clips as they are trained on."""
-        wanted, clips = getattr(self.hparams, "batch_norm_clips", None), self.train_clips
-        if not wanted:
+        clips = self.train_clips
+        if not getattr(self.hparams, "batch_norm_clips", None):
             return
         if clips is None:
             raise ValueError("batch_norm_clips needs the Brain's train_clips, a TaggingDataset")
         used = {**self.hparams.modules, **modules}
-        front_end = used["compute_features"]
 
         def features(batch: PaddedBatch) -> tuple[Tensor, Tensor]:
             batch, partners = self.on_device(batch), batch.partner
+            # labels are of no matter
             (wavs, wav_lens), labels = batch.sig, torch.zeros(len(batch.id), 1, device=self.device)
             wavs, wav_lens, _ = self.augment_waveforms(wavs, wav_lens, labels, sum(partners))
             return chain.features(used, wavs, wav_lens, self.augment_features, self.n_samples)
 
+        # there may have been no training in this process
+        self.parts_to_device()
+        policy, folder = getattr(self.hparams, "on_bad_audio", "error"), getattr(self.hparams, "output_folder", ".")
+        check = audio_check(policy, folder, "train", len(clips))
         workers, on_gpu = getattr(self.hparams, "num_workers", 0), self.device_type == "cuda"
-        batches = self._batches_of_some(len(clips), min(wanted, len(clips)))
+        batches = self._batches_of_some(len(clips), self.n_statistics_clips)
         loader = clip_loader(clips.data, clips.sample_rate, self.n_samples, batches, workers, clips.crop, pin_memory=on_gpu)
-        check = self.audio_checks.get(sb.Stage.TRAIN, check_audio)
+        for module in used.values():
+            module.eval()
         with torch.random.fork_rng([self.device] if on_gpu else []), self.evaluation_ctx, torch.no_grad():
             # the same clips, mixed and masked alike, each time
             torch.manual_seed(self.hparams.seed)
-            front_end.train()
+            # which draws its filters, if it does, as in training
+            used["compute_features"].train()
             update_batch_norm(used, loader, self.n_samples, check, features)
-        for module in used.values():
-            module.eval()
+            used["compute_features"].eval()
 
     def _batches_of_some(self, n_clips: int, n_wanted: int) -> list[list[Draw]]:
-        """Batches of clips, evenly spaced, each with as many partners as in training."""
+        """Batches of clips, evenly spaced, each with as many partners as in training; none is short, unless it is the only one."""
         rows = np.linspace(0, n_clips - 1, n_wanted).round().astype(int)
         rng = np.random.default_rng(self.hparams.seed)
         # in the annotation's order those of a batch may be alike
         rng.shuffle(rows)
-        size, batches = self.hparams.batch_size, list[list[Draw]]()
-        for start in range(0, n_wanted, size):
+        size, batches = min(self.hparams.batch_size, n_wanted), list[list[Draw]]()
+        for start in range(0, n_wanted - size + 1, size):
             chosen = rows[start : start + size].tolist()
             partners = rng.integers(n_clips, size=round(getattr(self.hparams, "mixup_rate", 0) * len(chosen))).tolist()
             drawn = [*((row, False) for row in chosen), *((row, True) for row in partners)]
             batches.append([Draw(row, 0, 2 * start + i, partner) for i, (row, partner) in enumerate(drawn)])
         return batches
+
+    def parts_to_device(self) -> None:
+        """Moves to the device what is no module of the model: augmentations, a loss."""
+        raise NotImplementedError
 
     def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
         """Changes the waveforms of a training batch, and mixes its last `n_partners` into others."""
@@ -236,12 +292,15 @@ class AveragingBrain(DeviceBrain):
     def begin_validation(self, epoch: int | None) -> None:
         """Prepares the averages that this validation scores as well."""
         self._validated = {} if epoch is None else self.averages_after(epoch)
-        shape = self.n_clips[sb.Stage.VALID], self.hparams.n_classes
-        self._average_stats = {name: TaggingStats(*shape) for name in self._validated}
         self._average_scores: list[tuple[str, Tensor, Reading]] = []
+        self._average_stats = {}
+        for name in self._validated:
+            self._average_stats[name] = TaggingStats(self.n_clips[sb.Stage.VALID], self.hparams.n_classes)
 
     def score_with_averages(self, batch: PaddedBatch) -> None:
         """Scores a batch of validation clips with each average."""
+        if not self._validated:
+            return
         wavs, wav_lens = batch.sig
         for name, modules in self._validated.items():
             scores = self.scores(wavs, wav_lens, {**self.hparams.modules, **modules})
@@ -266,6 +325,9 @@ class AveragingBrain(DeviceBrain):
 
     def figures_of_averages(self, scored: Mapping[str, np.ndarray], targets: np.ndarray) -> dict[str, float]:
         """Computes what an epoch's record says of the averages; one that has not changed keeps its figure."""
-        before = self.epochs[-1] if self.epochs else {}
-        kept = {key: before[key] for key in (f"{name}_mAP" for name in (EMA, SWA)) if key in before}
+        before, kept = self.epochs[-1] if self.epochs else {}, {}
+        # an epoch that is none of those averaged
+        goes_on = getattr(self.hparams, "validate_average", None) and self.epochs_averaged(int(before.get("epoch", 0)) + 1)
+        if goes_on and f"{SWA}_mAP" in before:
+            kept[f"{SWA}_mAP"] = before[f"{SWA}_mAP"]
         return {**kept, **{f"{name}_mAP": summarize(scores, targets)["mAP"] for name, scores in scored.items()}}

@@ -184,7 +184,8 @@ class TaggingBrain(AveragingBrain):
         size = getattr(self.hparams, "batch_size", None) or 1
         scoring = self.n_clips.get(sb.Stage.VALID, 0) / size / 3 / rank_and_world_size()[1]
         epochs_left = counter.limit - counter.current + 1
-        seconds = self.pace.seconds() / done * (epochs_left * (n_steps + scoring) - self.step + 1)
+        validations = epochs_left + self.averages_validated(counter.current, counter.limit)
+        seconds = self.pace.seconds() / done * (epochs_left * n_steps + validations * scoring - self.step + 1)
         logger.info("%d epochs of %d steps: about %s, before the evaluation", counter.limit, n_steps, duration_text(seconds))
 
     def heartbeat(self) -> None:
@@ -270,11 +271,7 @@ class TaggingBrain(AveragingBrain):
         """As SpeechBrain's, and takes up the record of the epochs that a resumed run already has."""
         self.begin_averages()
         super().on_fit_start()
-        move_statistics(self.modules, self.device)
-        augmentations = (as_list(getattr(self.hparams, f"{of}_augment", None)) for of in ("waveform", "feature", "spec"))
-        for part in (*itertools.chain(*augmentations), self.loss):
-            if isinstance(part, torch.nn.Module):
-                part.to(self.device)
+        self.parts_to_device()
         # what a killed run wrote of an epoch that it did not finish is written again
         counter = self.hparams.epoch_counter
         if isinstance(counter, EpochCounterWithStopper):
@@ -285,6 +282,13 @@ class TaggingBrain(AveragingBrain):
         self.timing = [timing for timing in results.get("timing", []) if timing["epoch"] <= n_epochs]
         go_on(as_list(self.hparams.train_logger), n_epochs)
         self.mean_scores: MeanScores | None = None
+
+    def parts_to_device(self) -> None:
+        augmentations = (as_list(getattr(self.hparams, f"{of}_augment", None)) for of in ("waveform", "feature", "spec"))
+        for part in (*itertools.chain(*augmentations), self.loss):
+            if isinstance(part, torch.nn.Module):
+                part.to(self.device)
+        move_statistics(self.modules, self.device)
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Begins to measure an epoch; makes room for the scores of a validation or test."""

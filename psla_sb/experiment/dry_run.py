@@ -44,6 +44,10 @@ def dry_run(
     epochs, accumulated = brain.hparams.epoch_counter.limit, brain.grad_accumulation_factor
     # workers read while the device computes
     epoch = len(train) * max(step, read) + len(valid) * scoring
+    # each average is scored too, and its statistics are estimated, from clips that are mixed
+    averages = brain.averages_validated(1, epochs)
+    mixed = brain.n_statistics_clips * (1 + getattr(brain.hparams, "mixup_rate", 0)) / max(1, len(sets["valid"]))
+    of_averages = averages * (1 + mixed) * len(valid) * scoring
     tested = len(sets["test"]) / len(sets["valid"]) * len(valid) * scoring * epochs if "test" in sets else 0.0
     memory = brain.measured(0)["peak_memory_MiB"]
     parameters = sum(p.numel() for p in brain.modules.parameters())
@@ -56,8 +60,11 @@ def dry_run(
         "memory": f"{memory:,.0f} MiB at most, of {'the GPU' if brain.device_type == 'cuda' else 'this process'}, in {STEPS} steps",
         "a step": f"{1000 * step:.0f} ms to compute, {1000 * read:.0f} ms to wait for its clips (num_workers)",
         "an epoch": f"{duration_text(epoch)}, of which {duration_text(len(valid) * scoring)} to validate",
-        "the run": duration_text(epochs * epoch + tested) + (", with the evaluation of all epochs" if tested else ""),
+        "averages": f"{averages} validations of averages of weights, {duration_text(of_averages)}",
+        "the run": duration_text(epochs * epoch + of_averages + tested) + (", with the evaluation of all epochs" if tested else ""),
     }
+    if not averages:
+        del rows["averages"]
     described = "\n".join(f"{name:12}{value}" for name, value in rows.items())
     return f"{definitions_text(settings)}\n{described}\nNothing was trained or kept. Without --dry_run the run begins."
 

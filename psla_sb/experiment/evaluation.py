@@ -66,7 +66,7 @@ MEANING = {
     "evaluation": "figures on the test set, or on the validation set where there is no test set",
     propagated.KEY: "figures of the same scores on labels propagated to parents, by the ontology that propagated_labels names",
 }
-AVERAGE = "weight_average"
+AVERAGE, BETTER = "weight_average", "the tagger: the better of the next two"
 ROWS = {
     "chance": "chance (mean class prior)",
     "last": "last epoch",
@@ -231,7 +231,7 @@ def _report(
         "ensemble": {**summarize(ensemble, targets), "epochs": numbers},
         "chance": {"mAP": float(targets.mean(axis=0)[targets.any(axis=0)].mean())},
     }
-    results["meaning"] = {**MEANING, **ROWS}
+    results["meaning"] = {**MEANING, **ROWS, **({AVERAGE: BETTER} if EMA in averages else {})}
     official = official_counts(manifest, vocabulary)
     counts = targets.sum(axis=0).astype(int)
     results["clips"] = {
@@ -329,7 +329,7 @@ def results_table(results: Mapping[str, Any], published: Mapping[str, float]) ->
     for key, title in ROWS.items():
         if key in results["evaluation"]:
             if key == AVERAGE and EMA in results["evaluation"]:
-                title = "the tagger: the better of the next two"
+                title = BETTER
             cells = table_cells(results["evaluation"][key])
             lines.append(f"{title:36}{cells}" + (f"{published[key]:11.3f}" if key in published else ""))
     if baseline := results.get("baseline"):

@@ -50,6 +50,7 @@ MAY_CHANGE = {
     *("train_logger", "track", "checkpointer"),
     *(set(RunOptions().keys()) - set(OPTIONS)),
 }
+OF_TEACHERS = ("distillation_weight", "distillation_temperature")
 # What a file without the key means.
 DEFAULTS = {
     **{"train_crop": "first", "eval_crop": "first", "distillation_weight": DISTILLATION_WEIGHT},
@@ -180,6 +181,9 @@ def check_settings(folder: str | Path, file: str | Path, settings: Settings, ove
     written = read_yaml(file)
     recursive_update(written, dict(overrides))
     then, now = ({**_defaults(one), **one} for one in (then, now))
+    if then.get("teacher_scores") is None and now.get("teacher_scores") is None:
+        # which are of no matter without one, and had other values in the files of before
+        then, now = ({name: value for name, value in one.items() if name not in OF_TEACHERS} for one in (then, now))
     found = changes(then, now, flat(written))
     n_trained, n_epochs = len(read_results(folder).get("epochs", [])), _limit(settings)
     if n_epochs is not None and n_epochs < n_trained:
@@ -268,7 +272,8 @@ def contents_of(
     return {
         "classes": names,
         "teacher_scores": _digest_of(teacher),
-        "teacher_loss": None if teacher is None else "mean",
+        # nothing is trained any more without processes
+        "teacher_loss": None if teacher is None or processes is None else "mean",
         "processes": processes,
         "train_sounds": sounds,
         **of_sets,

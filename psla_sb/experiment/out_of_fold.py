@@ -10,6 +10,7 @@ Every training is a process of the `train.py` beside the script; what is done is
 import dataclasses
 import functools
 import hashlib
+import json
 import re
 import shlex
 import signal
@@ -164,7 +165,8 @@ def out_of_fold(
     score, chance = check_teacher(np.load(folder / SCORES, mmap_mode="r"), labels, folder / SCORES, remedy)
     print(
         f"\n{len(manifest)} clips, each scored by a tagger that was not trained on it: mAP {score:.4f} (by chance {chance:.4f}).\n"
-        f"Train with them: --teacher_scores={folder}, or with labels that they enhance: --label_enhancement='{{scores: {folder}}}'"
+        f"Train with them: --teacher_scores={shlex.quote(str(folder))}, or with labels that they enhance: "
+        f"--label_enhancement={shlex.quote(json.dumps({'scores': str(folder)}))}"
     )
 
 
@@ -221,12 +223,13 @@ def share_clips_out(
             raise InputError(
                 f"{folder}: was begun with other settings: {what[keys[0]]}. Choose another --output_folder, or delete that folder"
             )
+    # first: what is written after it is of this split
+    write_json(note, said)
     for k in range(options.folds):
         clips = Manifest(manifest.table.filter(pa.array(folds != k)), manifest.data_root, manifest.source)
-        if not (fold_folder(folder, k) / "train.csv").exists():
+        if before is None or not (fold_folder(folder, k) / "train.csv").exists():
             clips.to_csv(fold_folder(folder, k) / "train.csv")
     write_table(pa.table({"ID": manifest.table["ID"], "fold": folds + 1}), folder / "folds.csv")
-    write_json(note, said)
     sizes = ", ".join(map(str, np.bincount(folds, minlength=options.folds)))
     print(f"{len(manifest)} training clips in {options.folds} folds: {sizes}", file=sys.stderr)
     return manifest, labels, vocabulary, folds
@@ -299,5 +302,7 @@ def put_together(
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 together[rows[start : start + ROWS_AT_ONCE]] = of_fold[start : start + ROWS_AT_ONCE]
         together.flush()
+        # which would say that they are one tagger's
+        (folder / SCORES).with_suffix(".json").unlink(missing_ok=True)
         (folder / SCORES).unlink(missing_ok=True)
         write_clips(folder, manifest.table["ID"], vocabulary)

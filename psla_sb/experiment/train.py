@@ -26,6 +26,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
 from psla_sb.experiment import identity, launch, propagated, remarks, trackers
+from psla_sb.experiment.averages import check_averages
 from psla_sb.experiment.brain import TaggingBrain, as_list
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
@@ -65,6 +66,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     settings = read_settings(hparams_file, overrides, optional=OPTIONAL)
     folder = Path(settings["output_folder"])
     check_target_precision(settings["target_precision"], hparams_file)
+    check_averages(settings, hparams_file)
     if settings["report"] not in (None, True, False):
         raise InputError(f"{hparams_file}: report must be True or False, not {settings['report']!r}")
     identity.check_settings(folder, hparams_file, settings, overrides, run_opts)

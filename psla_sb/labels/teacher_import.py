@@ -115,6 +115,7 @@ def import_scores(
         labels: LabelSets = manifest.label_sets(vocabulary)
         score, chance = check_teacher(MatchedScores(temporary, of_clips), labels, path)
         # never new IDs beside old scores
+        (folder / SCORES).with_suffix(".json").unlink(missing_ok=True)
         (folder / SCORES).unlink(missing_ok=True)
         write_clips(folder, manifest.table["ID"].take(pa.array(clips)), vocabulary)
     return Imported(n_exact, len(clips) - n_exact, len(manifest), score, chance)
