@@ -136,3 +136,22 @@ def test_full_recipe_names_what_is_missing(tmp_path, capsys):
             train.main(str(RECIPE / "train.py"), [*arguments, *options])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_psla_plus_chooses_its_tagger_on_the_validation_set(finished, tmp_path):
+    folder, _ = finished
+    data = folder.parent / "data"
+    settings = {"pretrained": "null", "variant": "b0", "n_mels": 32, "n_frames": 60, "batch_size": 8, "draws_per_epoch": 16}
+    n_classes = len(Vocabulary.from_csv(folder / "class_labels_indices.csv"))
+    settings |= {"n_classes": n_classes, "number_of_epochs": 2, "average_start": 1, "num_workers": 0, "expected_clips": "null"}
+    settings |= {"data_folder": data, "output_folder": tmp_path / "run", "device": "cpu", "warmup_epochs": 1}
+    argv = command(RECIPE / "train.py", "hparams/psla_plus.yaml")[:3]
+    run([*argv, *(f"--{key}={value}" for key, value in settings.items())])
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    predictions, vocabulary = tmp_path / "run" / "predictions", Vocabulary.from_csv(folder / "class_labels_indices.csv")
+    targets = Manifest.from_csv(folder / "valid.csv").targets(vocabulary)
+    held_out = {name: summarize(np.load(predictions / f"valid_{name}.npy"), targets)["mAP"] for name in ("swa", "ema")}
+    assert results["tagger"] == max(held_out, key=held_out.get)
+    assert results["evaluation"]["weight_average"] == results["evaluation"][results["tagger"]]
+    assert np.array_equal(np.load(predictions / "test_weight_average.npy"), np.load(predictions / f"test_{results['tagger']}.npy"))
+    assert results["calibration"]["fitted_on"] == {"set": "valid", "clips": SIZE["n_valid"]}
