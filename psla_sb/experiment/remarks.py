@@ -12,14 +12,14 @@ from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment.identity import MAY_CHANGE, OPTIONS
-from psla_sb.experiment.schedules import WarmupDecayScheduler
+from psla_sb.experiment.schedules import ExponentialLinearScheduler, WarmupDecayScheduler
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.prepare.annotations import official_counts_path
 
 # Of the published set's labels, so that figures of the rest can be laid beside published ones: copies of AudioSet lack a tenth.
 MOST_OF_THEM = 0.8
 # They may change in a run's folder, but are part of a published setting.
-OF_A_SETTING = {"number_of_epochs", "average_start"}
+OF_A_SETTING = {"number_of_epochs", "average_start", "average_every"}
 
 
 def on_schedule(hparams: Mapping[str, Any], n_steps: int) -> Iterator[str]:
@@ -37,6 +37,9 @@ def on_schedule(hparams: Mapping[str, Any], n_steps: int) -> Iterator[str]:
         zero = min(schedule.warmup_interval, schedule.warmup_steps)
         if 10 * zero > n_steps:
             yield f"The learning rate is 0 in the first {zero} of {n_steps} steps (warmup_interval)."
+    if isinstance(schedule, ExponentialLinearScheduler) and epochs <= schedule.warmup_epochs:
+        rises = schedule.warmup_epochs
+        yield f"The learning rate is still rising when the run ends: it has {epochs} epochs, warmup_epochs is {rises}."
 
 
 def on_labels(name: str, annotation: Manifest, labels: LabelSets, balanced: bool) -> Iterator[str]:

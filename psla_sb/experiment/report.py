@@ -67,6 +67,7 @@ def write_report(folder: str | Path, name: str, manifest: Manifest, vocabulary: 
         "n_classes_without_clips": int((~targets.any(axis=0)).sum()),
         "single_label": single,
         "epochs": results["evaluation"]["weight_average"]["epochs"],
+        "tagger": results.get("tagger", "weight_average"),
         "fewest_positives": FEWEST,
         "figures": headline(scores, targets, calibration, single),
         "calibration": results["calibration"],

@@ -81,6 +81,8 @@ def write_page(
 def _summary(report: Report) -> str:
     epochs, n = report["epochs"], report["n_clips"]
     of = f"epoch {epochs[0]}" if len(epochs) == 1 else f"the average of the weights of epochs {epochs[0]} to {epochs[-1]}"
+    if report.get("tagger") == "ema":
+        of = f"the moving average of the weights of epochs {epochs[0]} to {epochs[-1]}"
     said = (
         f"Trained on {report['n_train_clips']:,} clips of {report['n_classes']:,} classes. What follows is what {of} scores the "
         f"{n:,} clips of the {SETS[report['set']]} set, which it was not trained on."

@@ -204,4 +204,4 @@ def write_pictures(brain: Any, dataset: Any, name: str, vocabulary: Vocabulary, 
         labels = [vocabulary.names[c] for c in np.flatnonzero(targets[row])]
         tags = [(vocabulary.names[c], float(average[row, c])) for c in np.argsort(-average[row], kind="stable")[:N_TAGS]]
         clips.append({"title": item["id"], "features": features, "shift": shift, "labels": labels, "tags": tags})
-    example_clips(clips, plots / "examples.png", "Example clips, tagged with the average of the last epochs' weights")
+    example_clips(clips, plots / "examples.png", "Example clips, tagged with averaged weights")

@@ -21,7 +21,7 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.experiment import aggregate, evaluation, pace, remarks
 from psla_sb.experiment.hparams import CommandLine, read_settings
 from psla_sb.experiment.identity import MAY_CHANGE
-from psla_sb.experiment.schedules import WarmupDecayScheduler
+from psla_sb.experiment.schedules import ExponentialLinearScheduler, WarmupDecayScheduler
 from psla_sb.experiment.train import main
 from psla_sb.labels.enhancement import warn_of_classes_without_clips
 from psla_sb.labels.label_sets import LabelSets
@@ -177,6 +177,8 @@ def test_what_a_short_run_never_reaches():
     hparams = {"epoch_counter": SimpleNamespace(limit=30), "average_start": 16, "schedule": WarmupDecayScheduler(1e-4, 10)}
     assert list(remarks.on_schedule(hparams, 30 * 19_530)) == []
     assert list(remarks.on_schedule({**hparams, "schedule": object()}, 1)) == []
+    (said,) = remarks.on_schedule({**hparams, "schedule": ExponentialLinearScheduler(1e-4, warmup_epochs=30)}, 1000)
+    assert "it has 30 epochs, warmup_epochs is 30" in said
 
 
 def test_clips_that_are_never_drawn(mini_data, tiny_run, tmp_path):
