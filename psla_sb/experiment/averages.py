@@ -30,6 +30,7 @@ from psla_sb.errors import InputError
 from psla_sb.experiment.device import DeviceBrain
 from psla_sb.files import wait_for
 from psla_sb.lobes import chain
+from psla_sb.lobes.features import LogMel
 from psla_sb.metrics import TaggingStats, summarize
 
 EMA, SWA = "ema", "swa"
@@ -258,10 +259,11 @@ class AveragingBrain(DeviceBrain):
         with torch.random.fork_rng([self.device] if on_gpu else []), self.evaluation_ctx, torch.no_grad():
             # the same clips, mixed and masked alike, each time
             torch.manual_seed(self.hparams.seed)
-            # which draws its filters, if it does, as in training
-            used["compute_features"].train()
+            # ours draw their filters as in training; others might change their statistics
+            front_end = used["compute_features"]
+            front_end.train(isinstance(front_end, LogMel))
             update_batch_norm(used, loader, self.n_samples, check, features)
-            used["compute_features"].eval()
+            front_end.eval()
 
     def _batches_of_some(self, n_clips: int, n_wanted: int) -> list[list[Draw]]:
         """Batches of clips, evenly spaced, each with as many partners as in training; none is short, unless it is the only one."""
