@@ -164,14 +164,16 @@ def read_settings(
     """Reads a YAML file with overrides, and resolves its references; arguments and errors are those of `load_hparams`."""
     keys = read_yaml(file)
     # what can be told to a recipe whose YAML file is of before there were such keys
-    extra = {key: overrides.get(key, keys.get(key)) for key in optional}
+    extra, given = {key: overrides.get(key, keys.get(key)) for key in optional}, {*overrides, "trust"}
     extra["trust"] = as_names(extra["trust"])
     overrides = {key: value for key, value in overrides.items() if key not in extra}
     overrides = {key: value for key, value in (if_there or {}).items() if key in keys} | overrides
     check_keys(file, keys, overrides, required)
     # before anything is built: building makes folders
     check_paths(file, {key: overrides[key] for key in paths if isinstance(overrides.get(key, ""), (int, float, type(None)))})
-    return {**resolve(file, overrides), **extra}
+    resolved = resolve(file, overrides)
+    # what the file says of them may refer to other keys
+    return {**resolved, **{key: value if key in given or key not in resolved else resolved[key] for key, value in extra.items()}}
 
 
 def check_keys(file: str | Path, keys: Mapping[str, Any], overrides: Mapping[str, Any], required: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ def run(hparams_file: str | Path, run_opts: RunOptions, overrides: dict[str, Any
     files = [*folder.glob("*.csv"), *folder.glob("*.json")] if if_main_process() and identity.has_begun(folder, settings) else []
     with put_back_on_error(files):
         vocabulary = prepare(hparams)
-        propagated.check_ontology(hparams["propagated_labels"], vocabulary)
+        propagated.check_ontology(hparams.get("propagated_labels"), vocabulary)
         # what cannot be trained, saved or exported is refused before the training, not after it
         n_samples = chain.n_samples_of(hparams["modules"], hparams["n_frames"], hparams["sample_rate"])
         chain.check(hparams["modules"], hparams["sample_rate"], hparams["n_classes"], n_samples)

@@ -392,7 +392,7 @@ def test_real_runs_are_stopped_and_go_on(tiny_run, mini_data, tmp_path):
 def test_the_parts_of_later_systems_are_techniques_too():
     """Of psla_plus.yaml each can be left out, and tried alone; psla.yaml, which lacks their keys, says nothing of them."""
     hparams = TRAIN.parent / "hparams"
-    plus = resolve(hparams / "psla_plus.yaml", {"data_folder": "x", "output_folder": "y"})
+    plus = resolve(hparams / "psla_plus.yaml", {"data_folder": "x", "output_folder": "y", "freq_mixstyle": 0.4})
     by_name = {variant.name: variant for variant in variants_of(plus)}
     parts = ("gain", "roll", "larger half", "Freq-MixStyle", "mel edges", "moving average", "estimated statistics")
     assert {f"{which} {part}" for which in ("no", "only") for part in parts} <= set(by_name)

@@ -132,7 +132,7 @@ def test_it_says_what_it_found_and_what_to_do_next(made, data):
     score, chance = check_teacher(open_scores(out, manifest, vocabulary), manifest.label_sets(vocabulary), out)
     assert f"42 clips, each scored by a tagger that was not trained on it: mAP {score:.4f} (by chance {chance:.4f})." in done.stdout
     assert f"--teacher_scores={out}" in done.stdout
-    assert f"--label_enhancement='{{scores: {out}}}'" in done.stdout
+    assert f"--label_enhancement='{json.dumps({'scores': str(out)})}'" in done.stdout
     ontology = [{"id": mid, "name": mid, "child_ids": ["beep"] if mid == "hum" else []} for mid in TONES]
     (out / "ontology.json").write_text(json.dumps(ontology))
     labels = manifest.label_sets(vocabulary)
