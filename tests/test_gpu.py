@@ -248,9 +248,12 @@ def test_float32_is_float32_eager_compiled_and_in_threads(no_tf32):
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.99])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_waits_for_nothing(make_brain, precision):
+def test_a_step_waits_for_nothing(make_brain, precision, ema_decay):
     brain = make_brain(precision=precision)
+    brain.hparams.ema_decay = ema_decay
+    brain.begin_averages()
     batches = [clip_batch(seed=seed) for seed in range(6)]
     step(brain, *batches[:3])
     torch.cuda.set_sync_debug_mode("error")

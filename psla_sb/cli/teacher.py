@@ -14,9 +14,9 @@ pickle is run. Clips are found by their IDs in the annotation, and else by YouTu
 <id>_30_40.wav.
 
 FOLDER gets scores.npy (probabilities of the clips that were found), ids.csv and class_labels_indices.csv. train.py reads it by
---teacher_scores=FOLDER: clips that were not found learn from their labels alone; and, if all were found, by
---label_enhancement='{scores: FOLDER}'. Scores that know hardly more of the clips' labels than chance are refused: the index or the
-classes are then wrong.
+--teacher_scores=FOLDER: clips that were not found learn from their labels alone; and, if all were found, with a YAML file that has
+a block label_enhancement (psla_balanced_enhanced.yaml), by --label_enhancement='{scores: FOLDER}'. Scores that know hardly more of
+the clips' labels than chance are refused: the index or the classes are then wrong.
 
 exit status: 0 if all is well, 2 if the command line or the input is wrong"""
 

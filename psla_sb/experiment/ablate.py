@@ -7,7 +7,7 @@ import functools
 import json
 import shlex
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,13 @@ from psla_sb.experiment.hparams import REQUIRED_KEYS, CommandLine, check_keys, r
 from psla_sb.experiment.jobs import Job, cores_of_each, run_jobs
 from psla_sb.experiment.runs import (
     Progress,
-    add_slots,
     check,
     check_scores,
     digest_of,
     is_done,
     names_list,
     plain,
-    seed_list,
+    script_parser,
     slots_of,
     that_matter,
 )
@@ -75,25 +74,14 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 
 def command_line(recipe: str) -> ArgumentParser:
     """The options of the script; all others are those of `train.py`."""
-    parser = ArgumentParser(
-        Path(recipe).name,
-        description=DESCRIPTION,
-        epilog=EPILOG.format(recipe=recipe),
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(recipe, DESCRIPTION, EPILOG, [1, 2, 3], "of each variant", "results/ablation")
     rows = [row for row in ROWS if row != "chance"]
-    parser.add_argument("hparams", metavar="YAML", help="the full recipe, such as hparams/mini.yaml")
-    parser.add_argument("--seeds", type=seed_list, default=[1, 2, 3], metavar="N,N,...", help="(default: 1,2,3)")
     parser.add_argument("--vary", action="append", default=[], metavar='"KEY=A,B"', help="other values of a key; repeatable")
     parser.add_argument(
         "--only", type=names_list, metavar="NAME,...", help="run only these variants (see --dry_run for their names)"
     )
     row = "whose mAP is compared (default: %(default)s)"
     parser.add_argument("--row", choices=rows, default="weight_average", help=row)
-    add_slots(parser)
-    parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help="(default: results/ablation/<name of the YAML file>)")
-    parser.add_argument("--dry_run", action="store_true", help="list the commands, and run none")
     return parser
 
 

@@ -8,6 +8,7 @@ SWA: Izmailov et al., "Averaging weights leads to wider optima and better genera
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -27,7 +28,7 @@ from psla_sb.dataio.batches import Reading
 from psla_sb.dataio.dataset import TaggingDataset, clip_loader
 from psla_sb.dataio.sampler import Draw
 from psla_sb.errors import InputError
-from psla_sb.experiment.device import DeviceBrain
+from psla_sb.experiment.augmenting import AugmentingBrain
 from psla_sb.files import wait_for
 from psla_sb.lobes import chain
 from psla_sb.lobes.features import LogMel
@@ -41,6 +42,7 @@ class Ema(nn.Module):
 
     Step n, counted from 0, weighs the average so far with min(1 - (1 + n)^(-2/3), `decay`), so that the random weights of the
     start are soon forgotten; as timm's `ModelEmaV3` with warm-up does. Buffers are averaged too; whole numbers are copied.
+    PyTorch's `AveragedModel` sends its counter to the GPU in each step, and the program waits for that.
 
     Example
     -------
@@ -132,7 +134,7 @@ def check_averages(settings: Mapping[str, Any], file: Any) -> None:
             raise InputError(f"{file}: {key} must be {what}, not {value!r}")
 
 
-class AveragingBrain(DeviceBrain):
+class AveragingBrain(AugmentingBrain):
     """A Brain that keeps averages of its weights and scores validation clips with them too.
 
     Hyperparameters, all optional: `ema_decay` (None: no moving average), `validate_average` (whether the mean of epochs is
@@ -149,14 +151,6 @@ class AveragingBrain(DeviceBrain):
     # during a validation: the modules of each average, and what they have scored
     _validated: dict[str, dict[str, Any]] = {}  # noqa: RUF012
     _average_stats: dict[str, TaggingStats] = {}  # noqa: RUF012
-
-    def scores(self, wavs: Tensor, wav_lens: Tensor, modules: Mapping[str, Any] | None = None) -> Tensor:
-        """Probabilities `[batch, classes]` of `[batch, samples]` without augmentation, by the trained modules or an average's."""
-        # the modules as they are, not wrapped for distributed training: ranks score different numbers of batches
-        used = self.hparams.modules if modules is None else modules
-        if self.n_samples is None:
-            return chain.by_length(lambda clips: chain.probabilities(used, clips), wavs, wav_lens)
-        return chain.probabilities(used, wavs, wav_lens, n_samples=self.n_samples)
 
     def begin_averages(self) -> None:
         """Begins the moving average, or goes on with that of the checkpoint; to be called before the checkpoint is loaded."""
@@ -195,16 +189,19 @@ class AveragingBrain(DeviceBrain):
                     torch.distributed.broadcast(buffer, 0)
         return averages
 
-    def epochs_averaged(self, epoch: int) -> list[int]:
-        """Lists the epochs, up to one, whose weights are averaged; none before the first of them."""
-        start, every = self.hparams.average_start, getattr(self.hparams, "average_every", None) or 1
+    def epochs_averaged(self, numbers: Sequence[int], last: int) -> list[int]:
+        """Picks those of some epochs whose weights are averaged, if epoch `last` is the last one; see `averaged_epochs`."""
+        return averaged_epochs(numbers, last, self.hparams.average_start, getattr(self.hparams, "average_every", None) or 1)
+
+    def _averaged_so_far(self, epoch: int) -> list[int]:
+        """Lists the epochs that the mean of weights is of after an epoch of training; none before the first of them."""
         limit = self.hparams.epoch_counter.limit
-        first = start if start >= 0 else max(1, limit + 1 + start)
-        return averaged_epochs(range(1, epoch + 1), limit, start, every) if epoch >= first else []
+        found = self.epochs_averaged(range(1, limit + 1), limit)
+        return [number for number in found if number <= epoch]
 
     def _is_averaged(self, epoch: int) -> bool:
         """Says whether an epoch changes the mean of weights that is validated."""
-        return bool(getattr(self.hparams, "validate_average", None)) and epoch in self.epochs_averaged(epoch)
+        return bool(getattr(self.hparams, "validate_average", None)) and epoch in self._averaged_so_far(epoch)
 
     def averages_validated(self, first: int, last: int) -> int:
         """Counts how often an average is validated after epochs `first` to `last`."""
@@ -214,7 +211,7 @@ class AveragingBrain(DeviceBrain):
         """The mean of epochs' weights, the last of which are in the modules and have no snapshot yet."""
         trained = trained_modules(self.hparams.modules)
         state = {f"{name}.{key}": value.cpu() for name, module in trained.items() for key, value in state_of(module).items()}
-        paths = [snapshot_path(self.hparams.output_folder, number) for number in self.epochs_averaged(epoch)[:-1]]
+        paths = [snapshot_path(self.hparams.output_folder, number) for number in self._averaged_so_far(epoch)[:-1]]
         if paths:
             for path in paths:
                 wait_for(path)
@@ -279,22 +276,10 @@ class AveragingBrain(DeviceBrain):
             batches.append([Draw(row, 0, 2 * start + i, partner) for i, (row, partner) in enumerate(drawn)])
         return batches
 
-    def parts_to_device(self) -> None:
-        """Moves to the device what is no module of the model: augmentations, a loss."""
-        raise NotImplementedError
-
-    def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Changes the waveforms of a training batch, and mixes its last `n_partners` into others."""
-        raise NotImplementedError
-
-    def augment_features(self, feats: Tensor, lens: Tensor) -> Tensor:
-        """Changes the features of a training batch."""
-        raise NotImplementedError
-
     def begin_validation(self, epoch: int | None) -> None:
         """Prepares the averages that this validation scores as well."""
         self._validated = {} if epoch is None else self.averages_after(epoch)
-        self._average_scores: list[tuple[str, Tensor, Reading]] = []
+        self._average_scores: deque[tuple[str, Tensor, Reading]] = deque()
         self._average_stats = {}
         for name in self._validated:
             self._average_stats[name] = TaggingStats(self.n_clips[sb.Stage.VALID], self.hparams.n_classes)
@@ -311,7 +296,7 @@ class AveragingBrain(DeviceBrain):
 
     def _collect_average_scores(self, still_running: int = 0) -> None:
         while len(self._average_scores) > still_running:
-            name, index, reading = self._average_scores.pop(0)
+            name, index, reading = self._average_scores.popleft()
             (scores,) = reading.values()
             # targets are those of the trained weights' scores
             self._average_stats[name].append(index, scores, torch.zeros_like(scores))
@@ -329,7 +314,7 @@ class AveragingBrain(DeviceBrain):
         """Computes what an epoch's record says of the averages; one that has not changed keeps its figure."""
         before, kept = self.epochs[-1] if self.epochs else {}, {}
         # an epoch that is none of those averaged
-        goes_on = getattr(self.hparams, "validate_average", None) and self.epochs_averaged(int(before.get("epoch", 0)) + 1)
+        goes_on = getattr(self.hparams, "validate_average", None) and self._averaged_so_far(int(before.get("epoch", 0)) + 1)
         if goes_on and f"{SWA}_mAP" in before:
             kept[f"{SWA}_mAP"] = before[f"{SWA}_mAP"]
         return {**kept, **{f"{name}_mAP": summarize(scores, targets)["mAP"] for name, scores in scored.items()}}

@@ -1,14 +1,11 @@
 """What happens to a batch, and at the end of an epoch."""
 
-import inspect
-import itertools
 import json
 import logging
 import resource
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,12 +27,13 @@ from psla_sb.checkpoints.run_folder import (
     write_results,
     write_scores,
 )
-from psla_sb.checkpoints.weights import move_statistics, persistent_buffers, save_weights, trained_modules
+from psla_sb.checkpoints.weights import persistent_buffers, save_weights, trained_modules
 from psla_sb.dataio.bad_clips import audio_check, check_audio, state_of_bad_clips
 from psla_sb.dataio.batches import ClipBatch, Reading
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import rank_and_world_size
-from psla_sb.errors import InputError, Interrupted
+from psla_sb.errors import Interrupted
+from psla_sb.experiment.augmenting import as_list, n_partners_of
 from psla_sb.experiment.averages import EMA, SWA, AveragingBrain
 from psla_sb.experiment.losses import DISTILLATION_WEIGHT, EPSILON, binary_cross_entropy, softened, with_teacher
 from psla_sb.experiment.pace import Pace, duration_text
@@ -49,16 +47,6 @@ logger = get_logger(__name__)
 register_checkpoint_hooks(EpochCounterWithStopper)
 
 STEPS_BEFORE_ETA = 8
-
-
-def as_list(value: Any) -> list[Any]:
-    """One, several or none (None), as YAML files may say."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def n_partners_of(batch: PaddedBatch) -> int:
-    """How many clips of a batch, its last ones, are there to be mixed into others."""
-    return int(torch.as_tensor(batch.partner).sum())
 
 
 class TaggingBrain(AveragingBrain):
@@ -110,35 +98,6 @@ class TaggingBrain(AveragingBrain):
             return self.scores(wavs, wav_lens), targets
         wavs, wav_lens, targets = self.augment_waveforms(wavs, wav_lens, targets, n_partners_of(batch))
         return chain.probabilities(self.modules, wavs, wav_lens, self.augment_features, self.n_samples), targets
-
-    def augment_waveforms(self, wavs: Tensor, wav_lens: Tensor, targets: Tensor, n_partners: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Does what `waveform_augment` lists, in this order: mixup takes `targets` as well, others waveforms alone."""
-        for augment in as_list(getattr(self.hparams, "waveform_augment", getattr(self.hparams, "mixup", None))):
-            if "targets" in inspect.signature(getattr(augment, "forward", augment)).parameters:
-                wavs, wav_lens, targets = augment(wavs, wav_lens, targets, n_partners)
-                n_partners = 0
-                continue
-            augmented = chain.call(augment, wavs, wav_lens)
-            wavs, wav_lens = augmented if isinstance(augmented, tuple) else (augmented, wav_lens)
-            if len(wavs) != len(targets):
-                raise InputError(f"waveform_augment: {type(augment).__qualname__} made {len(wavs)} clips of {len(targets)}")
-        if n_partners:
-            raise InputError(
-                f"mixup_rate is {self.hparams.mixup_rate}, but nothing in waveform_augment mixes: "
-                "add WaveformMixup, or set mixup_rate to 0"
-            )
-        return wavs, wav_lens, targets
-
-    def augment_features(self, feats: Tensor, lens: Tensor) -> Tensor:
-        """Does what `feature_augment` lists to features `[batch, frames, mels]`, in this order; by default `spec_augment`."""
-        for augment in as_list(getattr(self.hparams, "feature_augment", self.hparams.spec_augment)):
-            feats = chain.call(augment, feats, lens)
-        return feats
-
-    @property
-    def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Takes probabilities and targets `[batch, classes]`."""
-        return getattr(self.hparams, "loss", None) or binary_cross_entropy
 
     def compute_objectives(self, predictions: tuple[Tensor, Tensor], batch: PaddedBatch, stage: sb.Stage) -> Tensor:
         """Binary cross-entropy, mean over clips and classes, of probabilities clamped to [1e-7, 1 - 1e-7].
@@ -282,13 +241,6 @@ class TaggingBrain(AveragingBrain):
         self.timing = [timing for timing in results.get("timing", []) if timing["epoch"] <= n_epochs]
         go_on(as_list(self.hparams.train_logger), n_epochs)
         self.mean_scores: MeanScores | None = None
-
-    def parts_to_device(self) -> None:
-        augmentations = (as_list(getattr(self.hparams, f"{of}_augment", None)) for of in ("waveform", "feature", "spec"))
-        for part in (*itertools.chain(*augmentations), self.loss):
-            if isinstance(part, torch.nn.Module):
-                part.to(self.device)
-        move_statistics(self.modules, self.device)
 
     def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
         """Begins to measure an epoch; makes room for the scores of a validation or test."""

@@ -32,7 +32,7 @@ from psla_sb.dataio.dataset import TaggingDataset
 from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.errors import InputError
 from psla_sb.experiment import propagated
-from psla_sb.experiment.averages import EMA, SWA, averaged_epochs
+from psla_sb.experiment.averages import EMA, SWA
 from psla_sb.experiment.brain import TaggingBrain, binary_cross_entropy
 from psla_sb.files import read_json, wait_for, write_file
 from psla_sb.inference.tagger import AudioTagger
@@ -100,7 +100,7 @@ def evaluate(
     if not epochs:
         raise InputError(f"{folder}: no trained epoch to evaluate here; train first, without --test_only")
     numbers = [epoch["epoch"] for epoch in epochs]
-    averaged = averaged_epochs(numbers, numbers[-1], hparams.average_start, getattr(hparams, "average_every", None) or 1)
+    averaged = brain.epochs_averaged(numbers, numbers[-1])
     # with a moving average there are two to choose from
     with_ema = getattr(hparams, "ema_decay", None) is not None
     candidates = {SWA: swa_path(folder), EMA: ema_path(folder)} if with_ema else {AVERAGE: average_path(folder)}
@@ -221,7 +221,8 @@ def _report(
     of_averages = {which: {**summarize(scores, targets), "epochs": averaged} for which, scores in averages.items()}
     if EMA in of_averages:
         of_averages[EMA]["epochs"] = numbers
-    results["tagger"] = tagger
+    if EMA in averages:
+        results["tagger"] = tagger
     results["evaluation"] = {
         AVERAGE: of_averages[tagger],
         **of_averages,

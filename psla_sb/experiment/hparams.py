@@ -190,6 +190,10 @@ def check_keys(file: str | Path, keys: Mapping[str, Any], overrides: Mapping[str
         if key not in keys:
             near = _near(key, list(map(str, keys)), list(RunOptions().keys()))
             raise InputError(f"{file} has no key '{key}'." + (f" Did you mean '{near}'?" if near else ""))
+        if isinstance(overrides[key], Mapping) and not isinstance(keys[key], Mapping):
+            # HyperPyYAML changes parts of blocks alone
+            said = f"an override {{...}} changes parts of a block, and {file} has none at '{key}'"
+            raise InputError(f"--{key}: {said}; write the block into the file, or take a recipe that has it")
     for key, value in keys.items():
         placeholder = getattr(value, "tag", None) is not None and value.tag.value == "!PLACEHOLDER"
         if placeholder and key not in overrides:

@@ -15,7 +15,7 @@ import re
 import shlex
 import signal
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,18 +34,7 @@ from psla_sb.experiment import launch
 from psla_sb.experiment.enhance_labels import ROWS_AT_ONCE, teacher_scores, write_table
 from psla_sb.experiment.hparams import load_hparams, prepare, resolve
 from psla_sb.experiment.jobs import Job, cores_of_each, run_jobs
-from psla_sb.experiment.runs import (
-    Progress,
-    add_slots,
-    check,
-    check_scores,
-    digest_of,
-    is_done,
-    plain,
-    seed_list,
-    slots_of,
-    that_matter,
-)
+from psla_sb.experiment.runs import Progress, check, check_scores, digest_of, is_done, plain, script_parser, slots_of, that_matter
 from psla_sb.files import atomic_write, put_back_on_error, read_json, write_json
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.teacher_scores import SCORES, check_teacher, new_array, write_clips
@@ -68,7 +57,8 @@ examples:
 
 It can be stopped at any time (Ctrl-C, SIGTERM): the runs save their state, and the same command goes on. In the output folder:
 scores.npy (float32, [clips, classes]: the mean over the seeds), ids.csv and class_labels_indices.csv, which --teacher_scores=FOLDER
-and --label_enhancement='{{scores: FOLDER}}' of train.py read; folds.csv; and the runs, fold_K/seed_S.
+of train.py reads, and, of a YAML file with a block label_enhancement (psla_balanced_enhanced.yaml), --label_enhancement='{{scores:
+FOLDER}}'; folds.csv; and the runs, fold_K/seed_S.
 
 exit status: 0 if the scores are there, 1 if some runs failed (their last lines are shown), 2 if the input is wrong, or the scores
 are not far better than chance, 75 if stopped"""
@@ -98,24 +88,10 @@ def main(recipe: str, arguments: list[str] | None = None) -> None:
 
 def command_line(recipe: str) -> ArgumentParser:
     """The options of the script; all others are those of `train.py`."""
-    parser = ArgumentParser(
-        Path(recipe).name,
-        description=DESCRIPTION,
-        epilog=EPILOG.format(recipe=recipe),
-        formatter_class=RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("hparams", metavar="YAML", help="the recipe, such as hparams/mini.yaml")
+    parser = script_parser(recipe, DESCRIPTION, EPILOG, [1], "a run each, whose mean is taken", "results/out_of_fold")
     parser.add_argument("--folds", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    parser.add_argument(
-        "--seeds", type=seed_list, default=[1], metavar="N,N,...", help="a run each, whose mean is taken (default: 1)"
-    )
     group = "a column of the training annotation; or a regular expression, whose first group in an ID is what its clips share"
     parser.add_argument("--group", metavar="COLUMN|REGEX", help=group)
-    add_slots(parser)
-    where = "(default: results/out_of_fold/<name of the YAML file>)"
-    parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help=where)
-    parser.add_argument("--dry_run", action="store_true", help="list the commands, and run none")
     return parser
 
 
@@ -165,8 +141,8 @@ def out_of_fold(
     score, chance = check_teacher(np.load(folder / SCORES, mmap_mode="r"), labels, folder / SCORES, remedy)
     print(
         f"\n{len(manifest)} clips, each scored by a tagger that was not trained on it: mAP {score:.4f} (by chance {chance:.4f}).\n"
-        f"Train with them: --teacher_scores={shlex.quote(str(folder))}, or with labels that they enhance: "
-        f"--label_enhancement={shlex.quote(json.dumps({'scores': str(folder)}))}"
+        f"Train with them: --teacher_scores={shlex.quote(str(folder))}, or, where the YAML file has a block label_enhancement, "
+        f"with labels that they enhance: --label_enhancement={shlex.quote(json.dumps({'scores': str(folder)}))}"
     )
 
 

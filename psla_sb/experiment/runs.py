@@ -3,8 +3,8 @@
 import hashlib
 import json
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,30 @@ from psla_sb.experiment.pace import duration_text
 NEUTRAL_KEYS = ("num_workers",)
 
 
-def add_slots(parser: ArgumentParser) -> None:
-    """Adds the options that say how many runs there are at a time, and where."""
+def script_parser(recipe: str, description: str, epilog: str, seeds: Sequence[int], what: str, folder: str) -> ArgumentParser:
+    """Makes the parser of a recipe's script, whose other options are those of `train.py`; in `epilog`, {recipe} is its path.
+
+    `seeds` are the default ones, `what` says what there is of each, and `folder` where the runs of all YAML files go.
+    """
+    parser = ArgumentParser(
+        Path(recipe).name,
+        description=description,
+        epilog=epilog.format(recipe=recipe),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("hparams", metavar="YAML", help="the recipe, such as hparams/mini.yaml")
+    default = ",".join(map(str, seeds))
+    parser.add_argument("--seeds", type=seed_list, default=seeds, metavar="N,N,...", help=f"{what} (default: {default})")
+    where = f"(default: {folder}/<name of the YAML file>)"
+    parser.add_argument("--output_folder", type=Path, metavar="FOLDER", help=where)
+    parser.add_argument("--dry_run", action="store_true", help="list the commands, and run none")
     several = parser.add_mutually_exclusive_group()
     several.add_argument(
         "--devices", type=names_list, metavar="DEVICE,...", help="one run at a time on each, such as cuda:0,cuda:1"
     )
     several.add_argument("--jobs", type=int, default=1, metavar="N", help="so many runs at a time, which share out the CPU's cores")
+    return parser
 
 
 def slots_of(options: Namespace) -> list[list[str]]:

@@ -26,8 +26,9 @@ from psla_sb.dataio.manifest import Manifest
 from psla_sb.dataio.sampler import BalancedSampler, MixupBatchSampler, class_balanced_weights, rank_and_world_size
 from psla_sb.errors import InputError
 from psla_sb.experiment import identity, launch, propagated, remarks, trackers
+from psla_sb.experiment.augmenting import as_list
 from psla_sb.experiment.averages import check_averages
-from psla_sb.experiment.brain import TaggingBrain, as_list
+from psla_sb.experiment.brain import TaggingBrain
 from psla_sb.experiment.dry_run import dry_run
 from psla_sb.experiment.evaluation import evaluate, example, results_table
 from psla_sb.experiment.hparams import build_hparams, crop_of, prepare, read_settings

@@ -9,6 +9,7 @@ import pytest
 
 from psla_sb.cli.teacher import teacher
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.experiment.hparams import load_hparams
 from psla_sb.labels.vocabulary import Vocabulary
 from runs import REPOSITORY, TRAIN, command, run
 
@@ -90,10 +91,8 @@ def test_both_label_sets_of_a_run(data, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["AudioSet", "FSD50K"])
-def test_psla_plus_has_the_published_settings(recipe):
-    from psla_sb.experiment.hparams import load_hparams
-
-    overrides = {"data_folder": "/tmp", "output_folder": "/tmp/psla_plus_settings", "pretrained": None}
+def test_psla_plus_has_the_published_settings(recipe, tmp_path):
+    overrides = {"data_folder": str(tmp_path), "output_folder": str(tmp_path / "run"), "pretrained": None}
     built = load_hparams(REPOSITORY / "recipes" / recipe / "hparams" / "psla_plus.yaml", overrides)
     assert (built["class_weight_offset"], built["replacement"]) == (100, False)
     assert (built["mixup_rate"], built["mixup"].alpha, built["mixup"].at_least_half) == (0.5, 2.0, True)

@@ -134,9 +134,34 @@ def test_it_says_what_it_found_and_what_to_do_next(made, data):
     assert f"--teacher_scores={out}" in done.stdout
     assert f"--label_enhancement='{json.dumps({'scores': str(out)})}'" in done.stdout
     ontology = [{"id": mid, "name": mid, "child_ids": ["beep"] if mid == "hum" else []} for mid in TONES]
-    (out / "ontology.json").write_text(json.dumps(ontology))
+    (data / "ontology.json").write_text(json.dumps(ontology))
     labels = manifest.label_sets(vocabulary)
-    assert len(enhance_annotation(manifest, labels, vocabulary, out, out / "ontology.json")) == 42
+    assert len(enhance_annotation(manifest, labels, vocabulary, out, data / "ontology.json")) == 42
+
+
+def test_what_it_says_to_do_next_trains(made, data, tmp_path):
+    """With labels that the scores enhance, too, where the recipe's file has such a block; where it has none, the error says so."""
+    _, done = made
+    (data / "ontology.json").write_text(json.dumps([{"id": m, "name": m, "child_ids": ["beep"] * (m == "hum")} for m in TONES]))
+    said = shlex.split(done.stdout.splitlines()[-1])
+    taught, enhanced = (word.rstrip(",") for word in said if word.startswith("--"))
+    file = REPOSITORY / "recipes" / "AudioSet" / "hparams" / "own.yaml"
+    block = "label_enhancement: !name:psla_sb.labels.enhancement.enhance_annotation\n    scores: x\n"
+    block += "    ontology: !ref <data_folder>/ontology.json\n"
+    lines = file.read_text().splitlines(keepends=True)
+    with_block = tmp_path / "enhanced.yaml"
+    with_block.write_text("".join(block if line.startswith("label_enhancement:") else line for line in lines))
+    base = [argument for argument in arguments(data, "")[1:] if not argument.startswith(("--folds", "--output_folder"))]
+
+    def train(recipe, option, check=True):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return run([sys.executable, TRAIN, recipe, *base, f"--output_folder={folder}", "--number_of_epochs=1", option], check)
+
+    assert "scores of 42 of 42 training clips" in train(file, taught).stdout
+    assert "Label enhancement (threshold mean" in train(with_block, enhanced).stdout
+    failed = train(file, enhanced, check=False)
+    assert failed.returncode == 2
+    assert "--label_enhancement: an override {...} changes parts of a block, and" in failed.stderr
 
 
 def test_the_scores_teach_and_are_known_again(made, data, tmp_path):
