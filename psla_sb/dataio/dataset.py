@@ -11,16 +11,17 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from speechbrain.dataio.dataset import DynamicItemDataset
 from speechbrain.utils.data_pipeline import DataPipeline
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from psla_sb.dataio.audio import AudioError, centred, opened, read_if_short, read_samples
+from psla_sb.dataio.audio import AudioError, centred, opened, read_blocks, read_if_short, read_samples
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.manifest import START, Manifest
 from psla_sb.dataio.sampler import CROP, Draw, draw_rng
@@ -156,28 +157,65 @@ def clip_loader(
     return DataLoader(clips, batch_sampler=batches, collate_fn=ClipBatch, **options)
 
 
-class ShortClips(Dataset):
-    """Gives sounds of at most `n_samples`, for a `ClipBatch`; an item of a longer one has `longer` and no samples.
+class Pieces(IterableDataset):
+    """Gives sounds in pieces that a model hears at a time, for a `ClipBatch`; worker processes take turns with the sounds.
 
-    Sounds are paths, file objects, or arrays of `array_rate`; an item has them as `opened`.
+    An item has the sound's `row`, its `samples` and their `mean` (see `centred`), whether it is the sound's `last`, and `error`:
+    why there are no samples, or no more, or None.
+
+    Arguments
+    ---------
+    sounds
+        Paths; or, without workers, file objects and arrays of `array_rate`.
+    cut
+        Cuts a sound's blocks `[samples]` into pieces.
+    longest
+        A sound of at most so many samples is one piece, less its mean, as are the pieces of others; None: no mean is subtracted.
+    most
+        Pieces of a sound (None: all).
     """
 
-    def __init__(self, sounds: Sequence[Any], sample_rate: int, n_samples: int, array_rate: int | None = None) -> None:
-        self.sounds, self.sample_rate, self.n_samples, self.array_rate = sounds, sample_rate, n_samples, array_rate
+    def __init__(
+        self,
+        sounds: Sequence[Any],
+        sample_rate: int,
+        cut: Callable[[Iterable[torch.Tensor]], Iterable[torch.Tensor]],
+        longest: int | None = None,
+        array_rate: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        self.sounds, self.sample_rate, self.cut, self.longest = sounds, sample_rate, cut, longest
+        self.array_rate, self.most = array_rate, most
 
-    def __len__(self) -> int:
-        return len(self.sounds)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        for row in range(*((0, len(self.sounds)) if worker is None else (worker.id, len(self.sounds), worker.num_workers))):
+            item: dict[str, Any] = {
+                "row": row,
+                "samples": torch.zeros(1, dtype=torch.int16),
+                "mean": 0.0,
+                "last": True,
+                "error": None,
+            }
+            # a piece is given when the next one is there: only then it is known whether it is the last one
+            before = None
+            try:
+                for samples, mean in islice(self._pieces(self.sounds[row]), self.most):
+                    if before is not None:
+                        yield {**before, "last": False}
+                    before = {**item, "samples": samples, "mean": mean}
+                item = before or item
+            except InputError as error:
+                item["error"] = str(error)
+            yield item
 
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        sound, clip, error = None, None, None
-        try:
-            sound = opened(self.sounds[row], self.array_rate, self.sample_rate)
-            clip = read_if_short(sound, self.sample_rate, self.n_samples)
-        except InputError as refused:
-            error = str(refused)
-        samples, mean = clip or (torch.zeros(1, dtype=torch.int16), 0.0)
-        longer = clip is None and error is None
-        return {"index": row, "opened": sound, "samples": samples, "mean": mean, "error": error, "longer": longer}
+    def _pieces(self, sound: Any) -> Iterator[tuple[torch.Tensor, float]]:
+        source = opened(sound, self.array_rate, self.sample_rate)
+        if self.longest is not None and (clip := read_if_short(source, self.sample_rate, self.longest)) is not None:
+            yield clip
+            return
+        for piece in self.cut(read_blocks(source, self.sample_rate)):
+            yield (piece if self.longest is None else piece - piece.mean()), 0.0
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Waveforms -> what a trained encoder makes of them: feature maps, one vector a clip, vectors along the time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,11 @@ class SoundEncoder(Pretrained):
         """Says how many samples of a clip the model hears in one `window`; less than a frame may be left over."""
         _, shift = frame_length_and_shift(self.hparams.sample_rate)
         return self.window + (shift - 1 if self.n_samples else 0)
+
+    @property
+    def cut(self) -> Callable[[Iterable[Tensor]], Iterator[Tensor]]:
+        """Cuts a sound's blocks into windows that overlap by half, the last of which ends where the sound ends."""
+        return partial(covering, length=self.window, hop=self.window - self.window // 2, longest=self.longest)
 
     def features(self, wavs: Tensor, wav_lens: Tensor | None = None) -> Tensor:
         """Computes normalised features `[batch, frames, mels]`; not finite where samples, or their energy, are not."""

@@ -1,27 +1,23 @@
 """What users call to tag sounds: a trained tagger, loaded from wherever it is kept."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
 from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
 from psla_sb.checkpoints.tagger_folder import read_calibration
 from psla_sb.dataio.audio import Opened, centred, named, read_blocks, read_if_short
-from psla_sb.dataio.batches import ClipBatch
-from psla_sb.dataio.dataset import ShortClips, init_worker, shared_memory
-from psla_sb.dataio.windows import batches, covering, joined, overlapped, windows
+from psla_sb.dataio.windows import batches, joined, overlapped, windows
 from psla_sb.errors import InputError
 from psla_sb.inference.encoder import SoundEncoder, taking
+from psla_sb.inference.many_files import Pooled, check_pool, over_files
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.labels.calibration import Calibration
 from psla_sb.labels.enhancement import propagation_matrix
@@ -31,14 +27,7 @@ from psla_sb.lobes import chain
 from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.features import true_lengths
 
-POOLS = ("max", "mean", "first")
 WINDOWS_AT_ONCE = 8
-
-
-def check_pool(pool: str) -> None:
-    """Refuses ways of pooling that there are not."""
-    if pool not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(POOLS)}, not {pool!r}")
 
 
 class Tag(NamedTuple):
@@ -201,7 +190,7 @@ class AudioTagger(SoundEncoder):
         wavs, wav_lens = self._checked(wavs, wav_lens)
         if wavs.shape[1] > self.longest:
             lengths = true_lengths(wavs, wav_lens).tolist()
-            each = (self._windows_of([wav[:length]]) for wav, length in zip(wavs, lengths, strict=True))
+            each = (self.cut([wav[:length]]) for wav, length in zip(wavs, lengths, strict=True))
             return torch.stack([self._pooled(pieces, pool, "waveforms") for pieces in each])
         check_pool(pool)
         if wav_lens is None or self.n_samples is not None:
@@ -247,23 +236,15 @@ class AudioTagger(SoundEncoder):
         clip = read_if_short(sound, rate, self.longest)
         if clip is not None:
             return self._raised(self.tag_features(*self._checked_features(centred(*clip), source=named(sound))))[0]
-        return self._pooled(self._windows_of(read_blocks(sound, rate)), pool, named(sound))
-
-    def _windows_of(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-        return covering(blocks, self.window, self.window - self.window // 2, self.longest)
+        return self._pooled(self.cut(read_blocks(sound, rate)), pool, named(sound))
 
     def _pooled(self, pieces: Iterable[Tensor], pool: str, source: Any) -> Tensor:
         """Scores windows, less their means, and pools them: `[classes]`."""
-        check_pool(pool)
+        pooled = Pooled(pool)
         pieces = islice(pieces, 1) if pool == "first" else pieces
-        total = np.zeros(len(self.hparams.mids), np.float32)
-        n_windows = 0
         for wavs in batches((piece - piece.mean() for piece in pieces), WINDOWS_AT_ONCE):
-            scores = self.tag_features(*self._checked_features(wavs, source=source)).float().cpu().numpy()
-            n_windows += len(scores)
-            # in place: small arrays that come and go between large ones would leave holes in the memory
-            (np.add if pool == "mean" else np.maximum)(total, scores.sum(0) if pool == "mean" else scores.max(0), out=total)
-        return self._raised(torch.from_numpy(total / n_windows if pool == "mean" else total).to(self.device))
+            pooled.add(self.tag_features(*self._checked_features(wavs, source=source)).float().cpu())
+        return self._raised(pooled.result().to(self.device))
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
@@ -297,34 +278,12 @@ class AudioTagger(SoundEncoder):
         """
         if min(batch_size, top_k) < 1 or num_workers < 0:
             raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
-        check_pool(pool)
         sounds = list(paths)
         # a file object has one position, which processes would share
         num_workers = num_workers if all(isinstance(sound, str | os.PathLike) for sound in sounds) else 0
-        clips = ShortClips(sounds, self.hparams.sample_rate, self.longest, sample_rate)
-        loader = DataLoader(clips, batch_size, num_workers=num_workers, collate_fn=ClipBatch, worker_init_fn=init_worker)
-        with tqdm(total=len(sounds), unit=" files", disable=None if progress else True) as bar, shared_memory():
-            for batch in loader if sounds else ():
-                for row, scores, error in self._scores_of_batch(batch, pool):
-                    tags = None if scores is None else self._tags(scores, top_k, threshold)
-                    yield FileTags(named(sounds[row]), tags, error)
-                bar.update(len(batch.index))
-
-    def _scores_of_batch(self, batch: Any, pool: str) -> Iterator[tuple[int, Tensor | None, str | None]]:
-        answers: list[Any] = [None] * len(batch.index)
-        wavs, lens = batch.to(self.device).sig
-        short = [row for row in range(len(answers)) if not (batch.error[row] or batch.longer[row])]
-        with contextlib.suppress(InputError):
-            # of a batch that is refused, each clip is tagged by itself
-            for row, scores in zip(short, self.score_batch(wavs[short], lens[short]).cpu() if short else (), strict=True):
-                answers[row] = scores
-        for row, sound, error, scores in zip(batch.index, batch.opened, batch.error, answers, strict=True):
-            if scores is None and error is None:
-                try:
-                    scores = self._scores_of(sound, pool)
-                except InputError as refused:
-                    error = str(refused)
-            yield row, scores, error
+        found = over_files(self, sounds, self.score_batch, pool, batch_size, num_workers, sample_rate)
+        for row, scores, error in tqdm(found, total=len(sounds), unit=" files", disable=None if progress else True):
+            yield FileTags(named(sounds[row]), None if scores is None else self._tags(scores, top_k, threshold), error)
 
     def classify_batch(self, wavs: Tensor, wav_lens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Gives what SpeechBrain's method does: scores `[batch, classes]`; the best class's score, index and label, `[batch]`."""
