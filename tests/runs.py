@@ -235,3 +235,12 @@ def score_slowly(seconds, *args):
     aggregation.BATCHES_AT_ONCE, check = 1, aggregation.check_audio
     aggregation.check_audio = lambda batch: (time.sleep(seconds), check(batch))
     aggregation.score(*args)
+
+
+def rows_by_file(printed):
+    """{file: its rows} of what psla-tag printed as JSON or JSON lines."""
+    rows = json.loads(printed)["rows"] if printed.startswith('{"schema": 1, ') else map(json.loads, printed.splitlines())
+    answers = {}
+    for row in rows:
+        answers.setdefault(row["file"], []).append(row)
+    return answers

@@ -55,6 +55,10 @@ def rows_of(capsys, *arguments):
     return capsys.readouterr().out
 
 
+def jsonl_of(capsys, *arguments):
+    return [json.loads(line) for line in rows_of(capsys, *arguments, "--format", "jsonl").splitlines()]
+
+
 def test_a_tag_has_a_probability_and_a_decision(model, sound, scores):
     tags = AudioTagger.from_folder(model).tag_file(sound, top_k=39)
     for one in tags:
@@ -108,11 +112,11 @@ def test_psla_tag_prints_decisions(model, sound, capsys):
     tags = AudioTagger.from_folder(model).tag_file(sound, top_k=6)
     lines = rows_of(capsys, sound, "--model", model, "--top-k", 6).splitlines()[1:]
     assert lines == [f"  {one.score:.3f}  {'yes' if one.decision else '-  '}  {one.label}" for one in tags]
-    (rows,) = json.loads(rows_of(capsys, sound, "--model", model, "--top-k", 6, "--format", "json")).values()
-    assert rows == [one._asdict() for one in tags]
+    rows = json.loads(rows_of(capsys, sound, "--model", model, "--top-k", 6, "--format", "json"))["rows"]
+    assert rows == [{"file": sound, "start": None, "end": None, **one._asdict(), "error": None} for one in tags]
     table = list(csv.DictReader(io.StringIO(rows_of(capsys, sound, "--model", model, "--top-k", 6, "--format", "csv"))))
     assert [row["decision"] for row in table] == [str(one.decision) for one in tags]
-    said = json.loads(rows_of(capsys, sound, "--model", model, "--top-k", 39, "--format", "jsonl", "--decided"))["rows"]
+    said = jsonl_of(capsys, sound, "--model", model, "--top-k", 39, "--decided")
     assert all(row["decision"] for row in said)
     assert 0 < len(said) < 39
 
@@ -129,14 +133,14 @@ def test_decided_needs_thresholds(model, sound, tmp_path, capsys):
 def test_events_are_by_each_class_own_threshold(model, sound, capsys):
     tagger = AudioTagger.from_folder(model)
     timeline = tagger.tag_timeline(sound)
-    rows = json.loads(rows_of(capsys, sound, "--model", model, "--events", "--format", "jsonl"))["rows"]
+    rows = jsonl_of(capsys, sound, "--model", model, "--events")
     own = {event.label for event in events(timeline, tagger.calibration.threshold)}
     assert {row["label"] for row in rows} == own
     assert own == {tagger.labels[c] for c in np.flatnonzero(timeline.scores.max(axis=0) >= tagger.calibration.threshold)}
     lowest = float(timeline.scores.min())
-    rows = json.loads(rows_of(capsys, sound, "--model", model, "--events", "--threshold", lowest, "--format", "jsonl"))["rows"]
+    rows = jsonl_of(capsys, sound, "--model", model, "--events", "--threshold", lowest)
     assert {row["label"] for row in rows} == set(tagger.labels)
-    rows = json.loads(rows_of(capsys, sound, "--model", model, "--timeline", "--top-k", 39, "--format", "jsonl"))["rows"]
+    rows = jsonl_of(capsys, sound, "--model", model, "--timeline", "--top-k", 39)
     threshold = dict(zip(tagger.labels, tagger.calibration.threshold, strict=True))
     assert [row["decision"] for row in rows] == [row["score"] >= threshold[row["label"]] for row in rows]
 

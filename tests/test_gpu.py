@@ -36,7 +36,7 @@ from psla_sb.lobes.compiled import Compiled, Recorded
 from psla_sb.lobes.efficientnet import EfficientNetEncoder, cast_convolutions
 from psla_sb.lobes.features import GlobalNorm, KaldiFbank, float32_matmul
 from psla_sb.lobes.pooling import AttentionPooling
-from runs import REPOSITORY, TRAIN, command, finish
+from runs import REPOSITORY, TRAIN, command, finish, rows_by_file
 
 pytestmark = pytest.mark.cuda
 
@@ -510,7 +510,7 @@ def test_tagging_with_a_gpu_says_nothing_else(tiny_run, mini_data):
         done = subprocess.run([*argv, "--device", device, *files], capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, done.stderr
         assert "Could not parse" not in done.stderr
-        answers[device] = json.loads(done.stdout)
+        answers[device] = rows_by_file(done.stdout)
     for file in files:
         scores = {device: {tag["label"]: tag["score"] for tag in answers[device][file]} for device in answers}
         assert scores["cpu"] == pytest.approx(scores["cuda"], abs=2e-3)

@@ -1,6 +1,5 @@
 """Loading taggers: what can be loaded, and what is refused."""
 
-import json
 import shutil
 
 import numpy as np
@@ -21,6 +20,7 @@ from psla_sb.demo import listen
 from psla_sb.errors import InputError
 from psla_sb.inference.encoder import step_vectors
 from psla_sb.inference.tagger import AudioTagger
+from runs import rows_by_file
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_every_entry_point_tags_alike(loud_run, mini_data, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         tag(["--model", str(folder), "--top-k", "39", "--format", "json", *clips])
     assert caught.value.code == 0
-    answers = json.loads(capsys.readouterr().out)
+    answers = rows_by_file(capsys.readouterr().out)
     tagger = AudioTagger.from_folder(folder)
     loaded = {
         "from_hparams": AudioTagger.from_hparams(source=str(folder), savedir=tmp_path / "saved"),

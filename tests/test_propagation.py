@@ -19,7 +19,7 @@ from psla_sb.labels.enhancement import propagate_annotation, propagate_to_parent
 from psla_sb.labels.label_sets import LabelSets
 from psla_sb.labels.ontology import Ontology
 from psla_sb.labels.vocabulary import Vocabulary
-from runs import REPOSITORY
+from runs import REPOSITORY, rows_by_file
 from stubs import band_tagger
 
 METADATA = REPOSITORY.parent / "shared" / "metadata"
@@ -253,7 +253,7 @@ def test_psla_tag_raises_parents_before_its_threshold(parts, model, mini_data, t
 
     def rows(*more):
         assert status_of(*sounds, *options, *more) == 0
-        return json.loads(capsys.readouterr().out)
+        return rows_by_file(capsys.readouterr().out)
 
     plain = [tagger.tag_file(sound, top_k=39) for sound in sounds]
     scores = np.array([[{one.mid: one.score for one in tags}[mid] for mid in vocabulary.mids] for tags in plain])
@@ -269,11 +269,11 @@ def test_psla_tag_raises_parents_before_its_threshold(parts, model, mini_data, t
 
     timeline = tagger.tag_timeline(sounds[0])
     timeline = timeline._replace(scores=raised(timeline.scores, vocabulary, ontology))
-    found = [(row["mid"], row["time"], row["score"]) for row in rows("--timeline", "--top-k", 39)[sounds[0]]]
+    found = [(row["mid"], row["start"], row["score"]) for row in rows("--timeline", "--top-k", 39)[sounds[0]]]
     assert len(found) == timeline.scores.size
-    steps = {round(time, 3): step for step, time in enumerate(timeline.times.tolist())}
-    for mid, time, score in found:
-        assert score == pytest.approx(timeline.scores[steps[time], vocabulary.index(mid)], abs=1e-6)
+    steps = {round(max(0.0, time - timeline.step / 2), 3): step for step, time in enumerate(timeline.times.tolist())}
+    for mid, start, score in found:
+        assert score == pytest.approx(timeline.scores[steps[start], vocabulary.index(mid)], abs=1e-6)
     threshold = float(np.median(timeline.scores.max(0)))
     heard = {row["label"] for row in rows("--events", "--threshold", threshold)[sounds[0]]}
     assert heard == {event.label for event in events(timeline, threshold)}

@@ -1,17 +1,19 @@
-"""`psla-tag`: prints the tags of sound files."""
+"""`psla-tag`: prints the tags of sound files, or writes those of very many into a table."""
 
-import csv
+import contextlib
 import glob
+import hashlib
 import io
-import json
+import itertools
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
@@ -20,7 +22,17 @@ EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger sound.wav
   psla-tag --model results/psla/1/tagger recordings/ 'more/**/*.flac' --format jsonl > tags.jsonl
   psla-tag --model results/psla/1/tagger hour.mp3 --events --threshold 0.3 --plot hour.png
+  psla-tag --model results/psla/1/tagger archive/ --out tags.parquet --workers 8 --device cuda
+  torchrun --nproc-per-node=4 --no-python psla-tag --model results/psla/1/tagger archive/ --out tags.parquet --device cuda
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
+
+A row is a tag, a step (--timeline), an event (--events), a sound's scores or its embedding. JSON, JSON lines, CSV and Parquet
+have the same fields: file, start, end (seconds; empty where the row is about the whole sound), label, mid, score, error; of a
+model with thresholds also probability and decision. A sound without any tag has one row, and so has one that cannot be tagged,
+with its error.
+
+--out writes one table: in parts while it runs (tags.parquet.parts/), which any number of processes write, also on several machines
+that share the folder, and the same command goes on where it was stopped or killed. What has rows already is not tagged again.
 
 Of a model with thresholds (calibration.json in its folder), "yes" stands beside a score that reaches its class's threshold.
 
@@ -28,20 +40,26 @@ A sound that is longer than what the model hears at a time is heard in windows t
 then says that the class is in one window at least, and is said more often the longer the sound is: thresholds were chosen for
 single clips.
 
-exit status: 0 if all files were tagged, 1 if some could not be (see stderr), 2 if the command line is wrong"""
+exit status: 0 if all files were tagged, 1 if some could not be (see stderr, or the rows with an error), 2 if the command line is
+wrong, 75 if it was stopped (the same command with --out goes on)"""
 
-MARKS = {True: "yes", False: "-  "}  # of a decision, in a table
+MARKS = {True: "yes", False: "-  ", None: ""}  # of a decision, in a table
 HIERARCHY = "max: the score of a class that is the only parent of others is the highest of its own and theirs, and so on upward"
 ONTOLOGY = "AudioSet's ontology.json, for --hierarchy (default: the one in the model's folder)"
 LEAST = "the least score of a tag; of an event, by default its class's own threshold, or 0.5 where the model has none"
-Answer = tuple[str, list[dict], str | None]  # what a file is called, its rows, its error
+LIST = "further sounds: a text file with a path a line (- for stdin), or an annotation (.csv: ID,wav,duration,labels)"
+OUT = "write one table, .parquet, .csv or .jsonl, of all files, and go on with it if it is there"
+WORKERS = "processes that decode (default: up to 8, by the number of files and cores)"
+EXIT_STOPPED = 75
 
 
 def tag(arguments: list[str] | None = None) -> None:
     """Runs `psla-tag`, by default with the arguments of this process; it always ends with `SystemExit`."""
     description = "Tags sound files: what can be heard in them, best first."
     parser = ArgumentParser("psla-tag", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=FILES)
+    parser.add_argument("--list", metavar="FILE", help=LIST)
+    parser.add_argument("--data-folder", metavar="FOLDER", help="what {data_root} in an annotation stands for")
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help=LEAST)
@@ -49,12 +67,19 @@ def tag(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pool", choices=["max", "mean", "first"], default="max", help=pool)
     parser.add_argument("--hierarchy", choices=["max"], help=HIERARCHY)
     parser.add_argument("--ontology", metavar="FILE", help=ONTOLOGY)
-    parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], default="table", help="(default: %(default)s)")
-    along = parser.add_mutually_exclusive_group()
-    along.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
-    along.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
-    along.add_argument("--decided", action="store_true", help="of the K best, only tags that reach their class's own threshold")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--timeline", action="store_true", help="the scores of the K best classes along a recording of any length")
+    what.add_argument("--events", action="store_true", help="when what reaches the threshold begins and ends")
+    what.add_argument("--decided", action="store_true", help="of the K best, only tags that reach their class's own threshold")
+    what.add_argument("--scores", choices=["float32", "float16"], help="all classes' scores, as numbers of this type")
+    what.add_argument("--embeddings", action="store_true", help="the mean of the encoder's features, in place of classes")
+    parser.add_argument("--format", choices=["table", "json", "jsonl", "csv"], help="of what is printed (default: table)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--out", metavar="TABLE", help=OUT)
+    where.add_argument("--out-dir", metavar="FOLDER", help="write one file for each sound, .json, or as --format says")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows on the device at a time (default: 16)")
+    parser.add_argument("--workers", type=int, metavar="N", help=WORKERS)
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
     # what names a file is one, whatever it begins with
     given = [_as_file(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
@@ -62,44 +87,77 @@ def tag(arguments: list[str] | None = None) -> None:
     # names need not be UTF-8
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
+    _check(parser, options)
+    if _process()[1] > 1 and not options.out:
+        parser.error("several processes (torchrun) write one table: give --out")
+    if options.device == "cuda":
+        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    tagger = load_tagger(parser, options)
+    if options.hierarchy:
+        _use_hierarchy(parser, tagger, options)
+    if options.decided and tagger.calibration is None:
+        parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
+    from psla_sb.errors import InputError
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    missing: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            n_files, failed = _told(tagger, _sounds(options, Path(folder) / "stdin.wav", missing), options)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # whoever read, such as `head`, has had enough; Python must not stumble over it once more at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except InputError as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            print("Stopped." + (" The same command goes on from here." if options.out or options.out_dir else ""), file=sys.stderr)
+            sys.exit(EXIT_STOPPED)
+    for text in missing:
+        print(f"error: {text}", file=sys.stderr)
+    if failed is None:
+        print(f"This process is done; the last one to end makes {options.out}", file=sys.stderr)
+    elif failed and n_files > 1:
+        print(f"{failed} of {n_files} files could not be tagged", file=sys.stderr)
+    if failed is not None and (written := options.out or options.out_dir):
+        print(f"{written} has the rows of {n_files} files", file=sys.stderr)
+    sys.exit(1 if failed or missing else 0)
+
+
+def _process() -> tuple[int, int]:
+    """This process's rank, and how many there are, as torchrun says."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _check(parser: ArgumentParser, options: Namespace) -> None:
+    if not options.files and not options.list:
+        parser.error("the following arguments are required: FILE (or --list)")
     if options.top_k < 1:
         parser.error("--top-k must be 1 or more")
     if options.threshold is not None and not 0 < options.threshold <= 1:
         parser.error("--threshold must be above 0 and at most 1")
+    if options.batch_size < 1 or (options.workers or 0) < 0:
+        parser.error("--batch-size must be 1 or more, --workers 0 or more")
     if options.model is None:
         parser.error(NO_MODEL)
     if options.plot and not options.plot.lower().endswith(".png"):
         parser.error(f"--plot {options.plot}: pictures are PNG files, give a name that ends with .png")
     if options.ontology and not options.hierarchy:
         parser.error("--ontology says what is whose parent; give --hierarchy=max with it")
-    tagger = load_tagger(parser, options)
-    if options.hierarchy:
-        _use_hierarchy(parser, tagger, options)
-    if options.decided and tagger.calibration is None:
-        parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
-    with tempfile.TemporaryDirectory() as folder:
-        files, missing = _files(options.files, Path(folder) / "stdin.wav")
-        if options.plot and len(files) != 1:
-            parser.error(f"--plot draws one recording, not {len(files)}")
-        for text in missing:
-            print(f"error: {text}", file=sys.stderr)
-        try:
-            failed = _print(_answers(tagger, files, options), options.format)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # whoever read, such as `head`, has had enough; Python must not stumble over it once more at its exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            failed = True
-    if len(files) > 1 and failed:
-        print(f"{failed} of {len(files)} files could not be tagged", file=sys.stderr)
-    sys.exit(1 if failed or missing else 0)
+    if options.out and "-" in options.files:
+        parser.error("--out: the sound on stdin has no name to stand in a table; print its rows")
+    if options.out and options.format:
+        parser.error("the name that --out gives says which format; leave --format out")
+    if (options.scores or options.embeddings) and not (options.out or options.format in ("json", "jsonl")):
+        parser.error("--scores and --embeddings are lists of numbers: give --out NAME.parquet, or --format jsonl")
 
 
 def _use_hierarchy(parser: ArgumentParser, tagger: Any, options: Namespace) -> None:
     from psla_sb.errors import InputError
     from psla_sb.labels.ontology import ADDRESS
 
-    file = options.ontology or os.path.join(options.model, "ontology.json")
+    options.ontology = file = options.ontology or os.path.join(options.model, "ontology.json")
     if not os.path.isfile(file):
         need = f"give --ontology FILE, or put ontology.json into the folder {options.model}"
         parser.error(f"--hierarchy=max: there is no {file}; {need}; AudioSet's is at {ADDRESS}")
@@ -113,90 +171,102 @@ def _as_file(argument: str) -> str:
     return os.path.join(".", argument) if argument.startswith("-") and argument != "-" and os.path.exists(argument) else argument
 
 
-def _files(arguments: list[str], stdin: Path) -> tuple[dict[str, str], list[str]]:
-    """{path: what the user calls it}, and what could not be found."""
-    from psla_sb.dataio.containers import sounds_in
+class Sound(NamedTuple):
+    """A file: its path, what the user calls it, and its place below the folder that the user named."""
 
-    files: dict[str, str] = {}
-    missing = []
-    for argument in arguments:
-        found = {argument: argument.removeprefix("./") if argument.startswith("./-") else argument}
+    path: str
+    name: str
+    place: str
+
+
+def _sounds(options: Namespace, stdin: Path, missing: list[str]) -> Iterator[Sound]:
+    """Finds the files that the options name; what could not be found is added to `missing`."""
+    from psla_sb.dataio.containers import sounds_in
+    from psla_sb.inference.bulk import listed
+
+    for argument in itertools.chain(options.files, listed(options.list, options.data_folder) if options.list else ()):
         if argument == "-":
             with open(stdin, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
-            found = {str(stdin): "-"}
-        elif os.path.isdir(argument):
-            found = {file: file for file in sounds_in(argument)}
-        elif glob.has_magic(argument) and not os.path.exists(argument):
-            found = {file: file for file in sorted(glob.glob(argument, recursive=True)) if os.path.isfile(file)}
-        if not found:
-            missing.append(f"{argument}: no sound files there")
-        files |= found
-    return files, missing
+            yield Sound(str(stdin), "-", "stdin")
+        elif os.path.isdir(argument) or (glob.has_magic(argument) and not os.path.exists(argument)):
+            is_folder = os.path.isdir(argument)
+            found = sounds_in(argument) if is_folder else filter(os.path.isfile, sorted(glob.glob(argument, recursive=True)))
+            if not (found := list(found)):
+                missing.append(f"{argument}: no sound files there")
+            for file in found:
+                yield Sound(file, file, os.path.relpath(file, argument) if is_folder else os.path.basename(file))
+        else:
+            yield Sound(
+                argument, argument.removeprefix("./") if argument.startswith("./-") else argument, os.path.basename(argument)
+            )
 
 
-def _answers(tagger: Any, files: dict[str, str], options: Namespace) -> Iterator[Answer]:
-    """Yields for each file what it is called, its rows as dicts, and its error."""
+def _told(tagger: Any, sounds: Iterator[Sound], options: Namespace) -> tuple[int, int | None]:
+    """Prints or writes the rows of sounds: how many there were, how many have an error (None: other processes still write)."""
+    from psla_sb.checkpoints.sources import open_source
     from psla_sb.errors import InputError
-    from psla_sb.inference.timeline import events, top_classes
+    from psla_sb.inference.bulk import BulkRows, PathList, write_each
+    from psla_sb.inference.many_files import workers_for
     from psla_sb.plots.recording import draw
 
-    if not (options.timeline or options.events or options.plot):
-        for path, tags, error in tagger.tag_files(files, top_k=options.top_k, threshold=options.threshold, pool=options.pool):
-            yield files[path], _rows(tags or (), options.decided), error and error.replace(path, files[path])
-        return
-    own = None if tagger.calibration is None else tagger.calibration.threshold
-    for path, name in files.items():
-        try:
-            timeline = tagger.tag_timeline(path)
-            if options.plot:
-                draw(path, timeline, tagger.hparams.sample_rate, options.plot, name)
-            if options.events:
-                found = events(timeline, options.threshold or (0.5 if own is None else own))
-                rows = [one._replace(start=round(one.start, 3), end=round(one.end, 3))._asdict() for one in found]
-            elif options.timeline:
-                best = [c for c in top_classes(timeline, options.top_k) if timeline.scores[:, c].max() >= (options.threshold or 0)]
-                rows = [
-                    {"time": round(time, 3), "label": timeline.labels[c], "mid": timeline.mids[c], "score": float(scores[c])}
-                    | ({} if own is None else {"decision": bool(scores[c] >= own[c])})
-                    for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True)
-                    for c in best
-                ]
-            else:
-                rows = _rows(tagger.tag_file(path, options.top_k, options.threshold, options.pool), options.decided)
-            yield name, rows, None
-        except (InputError, OSError) as error:
-            yield name, [], str(error).replace(path, name)
+    rows = _rows(tagger, options, open_source(options.model, options.labels, options.trust).digest())
+    if options.out:
+        files = PathList(sound.path for sound in sounds)
+        workers = workers_for(len(files)) if options.workers is None else options.workers
+        return len(files), BulkRows(rows, options.out).write(files, options.batch_size, workers, *_process())
+    # each once
+    found = list({sound.path: sound for sound in sounds}.values())
+    workers = workers_for(len(found)) if options.workers is None else options.workers
+    if options.out_dir:
+        places = {sound.path: sound.place for sound in found}
+        return len(found), write_each(rows, places, options.out_dir, options.format or "json", options.batch_size, workers)
+    if options.plot and len(found) != 1:
+        raise InputError(f"--plot draws one recording, not {len(found)}")
+    if options.plot:
+        draw(found[0].path, tagger.tag_timeline(found[0].path), tagger.hparams.sample_rate, options.plot, found[0].name)
+    told = rows.of_files([sound.path for sound in found], options.batch_size, workers, [sound.name for sound in found])
+    return len(found), _print(told, options.format or "table", rows.schema.names)
 
 
-def _rows(tags: Iterable[Any], decided: bool) -> list[dict]:
-    """Tags as rows; what a model without thresholds does not know is not in them."""
-    rows = ({key: value for key, value in one._asdict().items() if value is not None} for one in tags)
-    return [row for row in rows if not decided or row["decision"]]
+def _rows(tagger: Any, options: Namespace, model: str) -> Any:
+    from psla_sb.inference import rows
+
+    hierarchy = hashlib.sha256(Path(options.ontology).read_bytes()).hexdigest() if options.hierarchy else None
+    same = {"model": model, "hierarchy": hierarchy}
+    if options.timeline:
+        return rows.Steps(tagger, options.top_k, options.threshold, **same)
+    if options.events:
+        return rows.Events(tagger, options.threshold, **same)
+    if options.scores:
+        return rows.Scores(tagger, options.scores, options.pool, **same)
+    if options.embeddings:
+        return rows.Embeddings(tagger, **same)
+    return rows.Tags(tagger, options.top_k, options.threshold, options.pool, options.decided, **same)
 
 
-def _print(answers: Iterable[Answer], form: str) -> int:
-    """Prints the answers as they come, errors on stderr; how many there were."""
-    failed, all_rows, table = 0, {}, None
-    for name, rows, error in answers:
-        if error:
-            failed += 1
-            print(f"error: {error}", file=sys.stderr)
-        elif form == "table":
-            print(name)
-            for row in rows:
-                numbers = [f"{value:9.2f} s" for key, value in row.items() if key in ("time", "start", "end")]
-                mark = [MARKS[row["decision"]]] if "decision" in row else []
-                print("  ".join(["", *numbers, f"{row['score']:.3f}", *mark, row["label"]]))
-        elif form == "json":
-            all_rows[name] = rows
-        elif form == "jsonl":
-            print(json.dumps({"file": name, "rows": rows}), flush=True)
-        elif rows:
-            if table is None:
-                table = csv.DictWriter(sys.stdout, ["file", *rows[0]], lineterminator="\n")
-                table.writeheader()
-            table.writerows({"file": name, **row} for row in rows)
-    if form == "json":
-        print(json.dumps(all_rows, indent=1))
+def _print(told: Iterable[list[dict]], form: str, fields: list[str]) -> int:
+    """Prints the rows as they come, errors on stderr as well; how many there were."""
+    from psla_sb.inference.rows import TextRows
+
+    failed = 0
+    with contextlib.ExitStack() as stack:
+        text = None if form == "table" else stack.enter_context(TextRows(sys.stdout, form, fields))
+        for rows in told:
+            if error := rows[0]["error"]:
+                failed += 1
+                print(f"error: {error}", file=sys.stderr)
+            if text is not None:
+                text.write(rows)
+            elif not error:
+                _print_table(rows)
     return failed
+
+
+def _print_table(rows: list[dict]) -> None:
+    print(rows[0]["file"])
+    for row in rows:
+        if row["label"] is not None:
+            times = [f"{row[key]:9.2f} s" for key in ("start", "end") if row[key] is not None]
+            mark = [MARKS[row["decision"]]] if "decision" in row else []
+            print("  ".join(["", *times, f"{row['score']:.3f}", *mark, row["label"]]))

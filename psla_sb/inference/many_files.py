@@ -60,7 +60,7 @@ class Pooled:
 def over_files(
     model: Hearing,
     sounds: Sequence[Any],
-    values_of: Callable[[Tensor, Tensor], Tensor],
+    values_of: Callable[[Tensor, Tensor | None], Tensor],
     pool: str = "max",
     batch_size: int = 16,
     num_workers: int = 0,
@@ -73,7 +73,8 @@ def over_files(
     sounds
         Paths; with no workers also file objects, and arrays of `sample_rate`.
     values_of
-        Computes `[batch, values]` of waveforms `[batch, samples]` less their means and relative lengths `[batch]`.
+        Computes `[batch, values]` of waveforms `[batch, samples]` less their means, and relative lengths
+        `[batch]`; None if all are alike.
     pool
         What a sound's values are of those of its windows.
     batch_size, num_workers
@@ -115,19 +116,24 @@ def _answers(
                     yield row, None if errors else collected.result(), errors[0] if errors else None
 
 
-def _values(batch: Any, values_of: Callable[[Tensor, Tensor], Tensor], device: Any) -> list[Tensor | str | None]:
+def _values(batch: Any, values_of: Callable[[Tensor, Tensor | None], Tensor], device: Any) -> list[Tensor | str | None]:
     """Gives each piece's values on the CPU, or why there are none; a piece with an error has none."""
+    lengths = batch.n_samples.tolist()
     wavs, lens = batch.to(device).sig
-    answers: list[Any] = [None] * len(batch.error)
+    answers: list[Any] = [None] * len(lengths)
     good = [row for row, error in enumerate(batch.error) if error is None]
+    if not good:
+        return answers
+    alike = len({lengths[row] for row in good}) == 1
     with contextlib.suppress(InputError):
-        for row, values in zip(good, values_of(wavs[good], lens[good]).float().cpu() if good else (), strict=True):
+        together = values_of(wavs[good, : lengths[good[0]]], None) if alike else values_of(wavs[good], lens[good])
+        for row, values in zip(good, together.float().cpu(), strict=True):
             answers[row] = values
         return answers
     # of a batch that is refused, each piece by itself
     for row in good:
         try:
-            answers[row] = values_of(wavs[row : row + 1, : int(batch.n_samples[row])], torch.ones(1)).float().cpu()[0]
+            answers[row] = values_of(wavs[row : row + 1, : lengths[row]], None).float().cpu()[0]
         except InputError as error:
             answers[row] = str(error).removeprefix("waveforms: ")
     return answers

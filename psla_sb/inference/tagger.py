@@ -278,7 +278,7 @@ class AudioTagger(SoundEncoder):
         """
         if min(batch_size, top_k) < 1 or num_workers < 0:
             raise ValueError(f"batch_size and top_k must be 1 or more, num_workers 0 or more: {batch_size}, {top_k}, {num_workers}")
-        sounds = list(paths)
+        sounds = paths if isinstance(paths, Sequence) else list(paths)
         # a file object has one position, which processes would share
         num_workers = num_workers if all(isinstance(sound, str | os.PathLike) for sound in sounds) else 0
         found = over_files(self, sounds, self.score_batch, pool, batch_size, num_workers, sample_rate)

@@ -24,7 +24,7 @@ from psla_sb.demo import listen
 from psla_sb.errors import InputError
 from psla_sb.inference.hear import HearModel, get_scene_embeddings, get_timestamp_embeddings, load_model
 from psla_sb.inference.tagger import AudioTagger
-from runs import REPOSITORY, TRAIN, command, differences, finish, run
+from runs import REPOSITORY, TRAIN, command, differences, finish, rows_by_file, run
 
 AGGREGATE, ENHANCE = (TRAIN.with_name(name) for name in ("aggregate.py", "enhance_labels.py"))
 PARTS = "other_parts"
@@ -132,7 +132,7 @@ def test_every_source_and_way_gives_the_same_scores(trained, parts_here, mini_da
         with pytest.raises(SystemExit) as caught:
             tag(["--model", str(source), "--top-k", "39", "--format", "json", *clips, *(f"--trust={name}" for name in TRUST)])
         assert caught.value.code == 0
-        answers = json.loads(capsys.readouterr().out)
+        answers = rows_by_file(capsys.readouterr().out)
         rows = [{row["mid"]: row["score"] for row in answers[clip]} for clip in clips]
         np.testing.assert_allclose([[row[mid] for mid in tagger.hparams.mids] for row in rows], expected, atol=1e-5)
 

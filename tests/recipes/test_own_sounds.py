@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from runs import run
+from runs import rows_by_file, run
 
 RATE = 16000
 TONES = {"hum": 150, "whistle": 2500, "beep": 900}
@@ -100,7 +100,7 @@ def test_from_a_folder_to_tags(tmp_path, source, single, options):
     new = tmp_path / "new recording.wav"
     soundfile.write(new, tone(["whistle"], np.random.default_rng(9)), RATE)
     tagged = command(tmp_path, "tag", "--model", data / "run" / "tagger", "--format", "json", new)
-    ((name, tags),) = json.loads(tagged.stdout).items()
+    ((name, tags),) = rows_by_file(tagged.stdout).items()
     assert name == str(new)
     assert {tag["label"] for tag in tags} == set(TONES)
     assert all(isinstance(tag["decision"], bool) for tag in tags)

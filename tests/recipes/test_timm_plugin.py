@@ -1,6 +1,5 @@
 """A network of timm goes the whole way, from weights for pictures to tags, as an installed plug-in."""
 
-import json
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ from psla_sb.dataio.audio import read_clip
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.inference.hear import get_scene_embeddings, get_timestamp_embeddings, load_model
 from psla_sb.inference.tagger import AudioTagger
-from runs import REPOSITORY, TRAIN, command, differences, finish, run
+from runs import REPOSITORY, TRAIN, command, differences, finish, rows_by_file, run
 
 timm = pytest.importorskip("timm")
 
@@ -103,7 +102,7 @@ def test_folder_tags_embeds_and_is_onnx_without_more_trust(trained, mini_data, t
     with pytest.raises(SystemExit) as caught:
         tag(["--model", str(trained / "tagger"), "--top-k", "39", "--format", "json", *clips])
     assert caught.value.code == 0
-    answers, tagger = json.loads(capsys.readouterr().out), AudioTagger.from_folder(trained / "tagger")
+    answers, tagger = rows_by_file(capsys.readouterr().out), AudioTagger.from_folder(trained / "tagger")
     rows = [{row["mid"]: row["score"] for row in answers[clip]} for clip in clips]
     np.testing.assert_allclose([[row[mid] for mid in tagger.hparams.mids] for row in rows], expected, atol=1e-5)
     # a step every 32 frames of 10 ms
