@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,11 @@ from psla_sb.inference import bulk
 from psla_sb.inference.bulk import BulkRows, PathList
 from psla_sb.inference.rows import Tags
 from psla_sb.inference.tagger import AudioTagger
-from runs import rows_by_file
+from runs import rows_by_file, start, two_ranks
 
 N_FILES = 40
 # parts of few files, so that there are many of them
-COMMAND = [sys.executable, "-c", "from psla_sb.inference import bulk; bulk.FILES = 3; from psla_sb.cli.tag import tag; tag()"]
+SCRIPT = "from psla_sb.cli.tag import tag\nfrom psla_sb.inference import bulk\nbulk.FILES = 3\ntag()\n"
 
 
 @pytest.fixture(scope="module")
@@ -134,42 +133,49 @@ def test_what_is_done_is_skipped_and_new_files_are_added(model, archive, whole, 
         assert not table.with_name(table.name + ".parts").exists()
 
 
-def killed_at_a_random_moment(model, archive, whole, folder, seed):
+@pytest.fixture(scope="module")
+def argv(model, archive, tmp_path_factory):
+    """The command line, but for the table, as `runs.start` has it."""
+    script = tmp_path_factory.mktemp("script") / "psla_tag.py"
+    script.write_text(SCRIPT)
+    return [sys.executable, str(script), str(archive), "--model", model, "--workers", "1", "--out"]
+
+
+def killed_at_a_random_moment(argv, whole, folder, seed):
     """Kills the command again and again, at moments drawn from the seed, until it ends by itself."""
     rng = random.Random(seed)
-    table = folder / f"{seed}.parquet"
-    argv = [*COMMAND, str(archive), "--model", model, "--out", str(table), "--workers", "1"]
+    table, log = folder / f"{seed}.parquet", folder / "log"
     about = table.with_name(table.name + ".parts") / "about.json"
     kills = 0
     while True:
         begun = about.stat().st_mtime_ns if about.exists() else None
-        process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = start([*argv, str(table)], log)
         # each one writes this anew before it begins
-        while process.poll() is None and (about.stat().st_mtime_ns if about.exists() else None) == begun:
+        while process.is_alive() and (about.stat().st_mtime_ns if about.exists() else None) == begun:
             time.sleep(0.01)
-        try:
-            process.wait(rng.uniform(0, 0.8) if kills < 3 else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.join(rng.uniform(0, 0.8) if kills < 3 else None)
+        if process.is_alive():
+            signum = rng.choice([signal.SIGKILL, signal.SIGTERM])
+            os.kill(process.pid, signum)
             kills += 1
-        _, said = process.communicate()
-        if process.returncode in (0, 1):
+            process.join()
+        if process.exitcode == 1:
             break
-        assert process.returncode in (-signal.SIGKILL, 75), said
+        assert process.exitcode in (-signal.SIGKILL, 75), log.read_text()
     assert kills
     assert_alike(rows_in(table), rows_in(whole))
     assert [file.name for file in folder.glob(f"{seed}.*")] == [table.name]
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_at_any_moment_no_row_is_lost_or_twice(model, archive, whole, tmp_path, seed):
-    killed_at_a_random_moment(model, archive, whole, tmp_path, seed)
+def test_killed_at_any_moment_no_row_is_lost_or_twice(argv, whole, tmp_path, seed):
+    killed_at_a_random_moment(argv, whole, tmp_path, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2, 20))
-def test_killed_at_any_moment_often(model, archive, whole, tmp_path, seed):
-    killed_at_a_random_moment(model, archive, whole, tmp_path, seed)
+def test_killed_at_any_moment_often(argv, whole, tmp_path, seed):
+    killed_at_a_random_moment(argv, whole, tmp_path, seed)
 
 
 def test_killed_between_the_table_and_the_end_of_its_parts(tagger, archive, whole, tmp_path, monkeypatch):
@@ -186,16 +192,14 @@ def test_killed_between_the_table_and_the_end_of_its_parts(tagger, archive, whol
     assert [row["file"] for row in rows[len(first) :]] == [str(archive / "3.flac")] * 5
 
 
-def test_processes_of_torchrun_share_the_files(model, archive, whole, tmp_path):
-    table = tmp_path / "tags.parquet"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", *COMMAND]
-    argv = [*torchrun, str(archive), "--model", model, "--out", str(table), "--workers", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False, timeout=300)
-    # the status of whoever made the table is 1: two files are broken
-    assert f"{table} has the rows of {N_FILES + 3} files" in done.stderr
+def test_processes_of_torchrun_share_the_files(argv, whole, tmp_path):
+    table = tmp_path / "table" / "tags.parquet"
+    # two of the files are broken, which whoever ends last says
+    assert 1 in two_ranks([*argv, str(table)], tmp_path / "log")
+    said = "".join((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
+    assert f"{table} has the rows of {N_FILES + 3} files" in said
     assert_alike(rows_in(table), rows_in(whole))
-    assert [file.name for file in tmp_path.iterdir()] == ["tags.parquet"]
+    assert [file.name for file in table.parent.iterdir()] == [table.name]
 
 
 def test_a_process_alone_leaves_the_table_to_the_last_one(tagger, archive, tmp_path):
@@ -282,8 +286,8 @@ def test_one_file_each(model, archive, whole, tmp_path, capsys):
         expected.setdefault(row["file"], []).append(row)
     for form in ("json", "csv"):
         out = tmp_path / form
-        for _ in range(2):
-            assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == (1 if _ == 0 else 0)
+        for status in (1, 0):
+            assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == status
         (out / f"3.flac.{form}").unlink()
         assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == 0
         assert len([file for file in out.rglob(f"*.{form}") if file.name != "about.json"]) == len(expected)
