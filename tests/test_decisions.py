@@ -203,7 +203,9 @@ def test_onnx_metadata(model, tiny_run, tmp_path):
     assert said["criterion"] == "a precision of 0.9 at least"
     tagger.hparams.calibration = None
     export_onnx(tagger, tmp_path / "none.onnx")
-    assert [prop.key for prop in onnx.load(tmp_path / "none.onnx").metadata_props] == ["labels"]
+    props = {prop.key: json.loads(prop.value) for prop in onnx.load(tmp_path / "none.onnx").metadata_props}
+    about = {"labels": tagger.labels, "mids": list(tagger.hparams.mids), "sample_rate": 16000}
+    assert props == {**about, "window": tagger.window, "longest": tagger.longest, "crop": "first"}
 
 
 def test_a_run_fits_them_on_its_validation_clips(tiny_run, mini_data):

@@ -160,8 +160,9 @@ def _sigmoid(graph: Any, x: Any) -> Any:
 
 
 def _add_metadata(onnx: Any, path: Path, tagger: AudioTagger) -> None:
-    """Adds what tells a user of the file what the outputs are, and when to take one for heard."""
-    said: dict[str, Any] = {"labels": tagger.labels}
+    """Adds what tells a user of the file what goes in, what the outputs are, and when to take one for heard."""
+    said: dict[str, Any] = {"labels": tagger.labels, "mids": list(tagger.hparams.mids), "sample_rate": tagger.hparams.sample_rate}
+    said |= {"window": tagger.window, "longest": tagger.longest, "crop": "first" if tagger.n_samples else None}
     if (calibration := tagger.calibration) is not None:
         thresholds = [threshold if math.isfinite(threshold) else None for threshold in calibration.threshold.tolist()]
         said |= {"thresholds": thresholds, "criterion": calibration.criterion}
@@ -171,20 +172,35 @@ def _add_metadata(onnx: Any, path: Path, tagger: AudioTagger) -> None:
     onnx.save(model, str(path))
 
 
-def export_onnx(tagger: AudioTagger, path: str | Path) -> float:
-    """Writes a tagger on the CPU as an ONNX file, if onnxruntime gets the same probabilities from it as PyTorch, to 1e-4.
-
-    The input is `waveform`, float32 `[batch, samples]` at the model's sample rate, the output `probabilities` `[batch, classes]`.
-    The file's metadata have, as JSON, the `labels`, and of a tagger that has them the `thresholds` on the output as it comes, one
-    per class (null: never), the `criterion` they were chosen by, and the `calibration`: slopes and biases of the output's log odds.
-    Needs the packages `onnx` and `onnxruntime`: `pip install 'psla_sb[onnx]'`. Returns the largest difference that was found;
-    InputError, if the packages are missing, a part has operations that ONNX has not, or the probabilities differ.
-    """
+def import_onnx() -> tuple[Any, Any]:
+    """Imports `onnx` and `onnxruntime`; an InputError says how to install what is missing."""
     try:
         import onnx
         import onnxruntime
     except ImportError as error:
         raise InputError(f"ONNX export needs the packages onnx and onnxruntime: pip install 'psla_sb[onnx]' ({error})") from None
+    return onnx, onnxruntime
+
+
+def export_onnx(tagger: AudioTagger, path: str | Path) -> float:
+    """Writes a tagger on the CPU as an ONNX file, if onnxruntime gets the same probabilities from it as PyTorch, to 1e-4.
+
+    The input is `waveform`, float32 `[batch, samples]` at the model's sample rate, less its mean, the output `probabilities`
+    `[batch, classes]`. The file's metadata have, each as JSON:
+
+        labels, mids    of the classes, in the outputs' order
+        sample_rate     of the waveform, in Hz
+        window          samples that the model hears at a time
+        longest         samples of the longest sound that is one window; a longer one is heard in windows that overlap by half
+        crop            what it hears of a longer waveform: "first" (its first window), or null (all)
+        thresholds      of a tagger that has them: on the output as it comes, one per class (null: never)
+        criterion       what these were chosen by
+        calibration     slopes and biases of the output's log odds, which make it a probability
+
+    Needs the packages `onnx` and `onnxruntime`: `pip install 'psla_sb[onnx]'`. Returns the largest difference that was found;
+    InputError, if the packages are missing, a part has operations that ONNX has not, or the probabilities differ.
+    """
+    onnx, onnxruntime = import_onnx()
     rate = tagger.hparams.sample_rate
     model, generator = OnnxTagger(tagger).eval(), torch.Generator().manual_seed(0)
     noise = torch.randn(2, rate, generator=generator) / 10
