@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from psla_sb import add_version
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
 FILES = "sounds of any format, sample rate and length; a folder, with all sounds in it; a pattern; - for a sound on stdin"
@@ -41,6 +42,7 @@ def tag(arguments: list[str] | None = None) -> None:
     """Runs `psla-tag`, by default with the arguments of this process; it always ends with `SystemExit`."""
     description = "Tags sound files: what can be heard in them, best first."
     parser = ArgumentParser("psla-tag", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
@@ -99,9 +101,9 @@ def _use_hierarchy(parser: ArgumentParser, tagger: Any, options: Namespace) -> N
     from psla_sb.errors import InputError
     from psla_sb.labels.ontology import ADDRESS
 
-    file = options.ontology or os.path.join(options.model, "ontology.json")
+    file = options.ontology or os.path.join(options.folder, "ontology.json")
     if not os.path.isfile(file):
-        need = f"give --ontology FILE, or put ontology.json into the folder {options.model}"
+        need = f"give --ontology FILE, or put ontology.json into the folder {options.folder}"
         parser.error(f"--hierarchy=max: there is no {file}; {need}; AudioSet's is at {ADDRESS}")
     try:
         tagger.use_hierarchy(file)
