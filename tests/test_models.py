@@ -264,7 +264,7 @@ def test_offline_the_error_says_where_to_put_what_and_then_it_works(published, t
     error = error_of(tag, capsys, "--model", NAME, tmp_path / "sound.wav")
     at = tmp_path / "cache" / "AudioSet" / LIST
     assert f"Get http://127.0.0.1:9/{LIST} on a machine that can, and put it at {at}." in error
-    assert "--labels CSV" in error
+    assert f"--labels CSV. The model itself, http://127.0.0.1:9/{FILE}, is looked for at {tmp_path / 'cache' / FILE}" in error
     CLASSES.to_csv(at)
     error = error_of(tag, capsys, "--model", NAME, tmp_path / "sound.wav")
     assert f"Get http://127.0.0.1:9/{FILE} on a machine that can, and put it at {tmp_path / 'cache' / FILE}." in error

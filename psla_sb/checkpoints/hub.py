@@ -143,9 +143,10 @@ def _refusals(asked: Address) -> Iterator[None]:
     except LocalEntryNotFoundError as error:
         revision = f" --revision {asked.revision}" if asked.revision else ""
         command = f"hf download {asked.repository}{revision} --local-dir FOLDER"
+        reason = _said(error.__cause__ or error)
         raise InputError(
-            f"{asked}: {constants.ENDPOINT} cannot be reached, and it is not in the cache as a whole ({_said(error)}). Where it "
-            f"can be reached, `{command}` makes a folder, which can be given in place of the address"
+            f"{asked}: {constants.ENDPOINT} cannot be reached, and it is not in the cache as a whole ({reason}). Where it can be "
+            f"reached, `{command}` makes a folder, which can be given in place of the address"
         ) from None
     except HfHubHTTPError as error:
         may = "; log in with a token that may do this: `hf auth login`" if error.response.status_code in (401, 403) else ""

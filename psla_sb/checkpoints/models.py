@@ -164,7 +164,7 @@ def tagger_of(name: str, labels: str | Path | None = None) -> Path:
     with one_process(cache):
         # another process may have fetched it meanwhile
         if not folder.is_dir():
-            vocabulary, file = given or _classes(model.classes), cache / model.file
+            vocabulary, file = given or _classes(model), cache / model.file
             if file.is_file():
                 try:
                     _import(model, file, vocabulary, folder)
@@ -195,14 +195,16 @@ def _import(model: Model, file: Path, vocabulary: Vocabulary, folder: Path) -> N
     os.replace(unfinished, folder)
 
 
-def _classes(name: str) -> Vocabulary:
-    """The class list of a data set, from the cache or from where it was published."""
-    classes, path = CLASS_LISTS[name], cache_folder() / name / "class_labels_indices.csv"
+def _classes(model: Model) -> Vocabulary:
+    """The class list of a model, from the cache or from where it was published."""
+    name, classes = model.classes, CLASS_LISTS[model.classes]
+    path = cache_folder() / name / "class_labels_indices.csv"
     if not path.is_file():
         try:
             fetch(classes.url, path, classes.sha256, check=lambda found: _read_classes(found, name))
         except InputError as error:
-            raise InputError(f"{error} Or give it as the class list: --labels CSV") from None
+            need = f"The model itself, {model.url}, is looked for at {cache_folder() / model.file}"
+            raise InputError(f"{error} Or give it as --labels CSV. {need}") from None
     return _read_classes(path, name)
 
 
