@@ -1,12 +1,18 @@
 """Installs psla_sb."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# not imported: what it needs is installed after this
+INIT = Path(__file__).with_name("psla_sb") / "__init__.py"
+found = re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)
+assert found, f"{INIT} says no __version__"
+
 setup(
     name="psla_sb",
-    version="0.1.0",
+    version=found[1],
     description="Audio tagging with PSLA's training techniques, as parts of SpeechBrain",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -19,6 +25,8 @@ setup(
         "torchaudio==2.11.*",
         "speechbrain==1.1.*",
         "efficientnet_pytorch==0.7.1",
+        # by SpeechBrain too, of any version
+        "huggingface_hub>=2",
         "hyperpyyaml",
         "ruamel.yaml",
         "numpy",
@@ -71,6 +79,7 @@ setup(
             "psla-compare = psla_sb.cli.compare:compare",
             "psla-prepare = psla_sb.cli.prepare:prepare",
             "psla-teacher = psla_sb.cli.teacher:teacher",
+            "psla-models = psla_sb.cli.models:models",
         ]
     },
 )

@@ -134,7 +134,7 @@ def test_without_gradio_the_message_says_how_to_get_it(tagger, monkeypatch):
     ("arguments", "says"),
     [
         ([], "give --model FOLDER"),
-        (["--model", "nowhere"], "--model nowhere: no such file or folder"),
+        (["--model", "nowhere"], "nowhere: no such file or folder"),
         (["--model", ".", "--device", "none"], "--device none cannot be used"),
         (["--model", ".", "--examples", "nowhere"], "nowhere: no sound files"),
         (["--model", "."], "hyperparams.yaml"),

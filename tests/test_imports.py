@@ -10,13 +10,15 @@ from runs import REPOSITORY
 FLOORS = [
     {"errors", "metrics"},
     {"files"},
-    {"labels", "lobes"},
+    {"labels", "lobes", "fetch"},
     {"dataio", "checkpoints"},
     {"inference", "plots", "prepare"},
     {"aggregation", "demo", "hear"},
     {"experiment"},
     {"cli"},
 ]
+# what psla_sb/__init__.py has, which imports nothing
+OF_ALL = {"__version__", "add_version"}
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 PACKAGE = REPOSITORY / "psla_sb"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -36,7 +38,9 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             yield from (
-                [room_of(f"psla_sb.{alias.name}") for alias in node.names] if node.module == "psla_sb" else [room_of(node.module)]
+                [room_of(f"psla_sb.{alias.name}") for alias in node.names if alias.name not in OF_ALL]
+                if node.module == "psla_sb"
+                else [room_of(node.module)]
             )
 
 

@@ -10,8 +10,8 @@ import ruamel.yaml
 from psla_sb.aggregation.scoring import front_end
 from psla_sb.checkpoints.definitions import definitions_text, plain_definitions
 from psla_sb.checkpoints.run_folder import snapshot_path, trained_epochs
-from psla_sb.checkpoints.sources import Source, run_weights
-from psla_sb.checkpoints.tagger_folder import write_tagger
+from psla_sb.checkpoints.sources import Source, on_disk, run_weights
+from psla_sb.checkpoints.tagger_folder import LABEL_ENCODER, write_tagger
 from psla_sb.errors import InputError
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.labels.vocabulary import Vocabulary
@@ -28,7 +28,7 @@ def find_members(runs: str | Path | list, which: str, first_epoch: int = 1) -> d
     Arguments
     ---------
     runs
-        Output folders of training runs; also folders of taggers, snapshots and checkpoints of the published code, a member each.
+        Output folders of training runs; also whatever else `open_source` opens, a member each.
     which
         Of a run: "checkpoints" (every epoch's snapshot), "last", "best" (on the validation set) or "average" (of the last epochs).
     first_epoch
@@ -45,10 +45,10 @@ def find_members(runs: str | Path | list, which: str, first_epoch: int = 1) -> d
     if which not in MEMBERS:
         raise InputError(f"members must be one of {', '.join(MEMBERS)}, not {which!r}")
     paths = []
-    for run in map(Path, map(str, runs)):
+    for run in map(on_disk, map(str, runs)):
         if not run.exists():
             raise InputError(f"{run}: no such run")
-        if run.is_file() or (run / "embedding_model.ckpt").is_file():
+        if run.is_file() or (run / LABEL_ENCODER).is_file():
             paths.append(run)
         elif which == "checkpoints":
             numbers = [epoch["epoch"] for epoch in trained_epochs(run)]

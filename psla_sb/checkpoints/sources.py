@@ -1,8 +1,9 @@
 """Any trained model, wherever it is kept -> what model it is, its weights and its classes.
 
 A trained model is the folder of a tagger, the output folder of a run, a run's snapshot (`.safetensors`), a checkpoint folder of
-SpeechBrain's (`save/CKPT+...`) or a checkpoint that others have published, PSLA's or EfficientAT's (`.pth`, `.pt`). `open_source`
-alone tells them apart.
+SpeechBrain's (`save/CKPT+...`), a checkpoint that others have published, PSLA's or EfficientAT's (`.pth`, `.pt`), a repository on
+Hugging Face (`hf://owner/name`) or the name of a published model, as `psla-models` lists them. `open_source` alone tells them
+apart.
 """
 
 import copy
@@ -16,11 +17,12 @@ from typing import Any
 from speechbrain.dataio.encoder import CategoricalEncoder
 from torch import Tensor, nn
 
+from psla_sb.checkpoints import hub, models
 from psla_sb.checkpoints.definitions import build, definitions_text, read_definitions, read_yaml, tags_of
 from psla_sb.checkpoints.psla import PUBLISHED_PADDING
 from psla_sb.checkpoints.published import PublishedModel, read_published
 from psla_sb.checkpoints.run_folder import CALIBRATION, CLASSES, HPARAMS, average_path, best_epoch, snapshot_path, trained_epochs
-from psla_sb.checkpoints.tagger_folder import label_encoder, read_calibration, write_tagger
+from psla_sb.checkpoints.tagger_folder import LABEL_ENCODER, WEIGHTS, label_encoder, read_calibration, write_tagger
 from psla_sb.checkpoints.trust import check_trusted
 from psla_sb.checkpoints.weights import load_into, load_weights, trained_modules
 from psla_sb.errors import InputError
@@ -30,7 +32,10 @@ from psla_sb.lobes.chain import MODULES
 from psla_sb.lobes.mobilenet import STRIDES, MobileNetV3Encoder
 from psla_sb.lobes.pretrained import part_of, read_state, refuse_family, refuse_nan
 
-KINDS = "the folder of a tagger or of a run, a snapshot (.safetensors) or a published checkpoint (.pth, .pt)"
+KINDS = (
+    "the folder of a tagger or of a run, a snapshot (.safetensors), a published checkpoint (.pth, .pt), a repository on Hugging "
+    "Face (hf://owner/name, hf://owner/name@revision) or a name that psla-models lists"
+)
 
 
 class Source(ABC):
@@ -109,8 +114,8 @@ class Source(ABC):
         plain = {"mids": self.vocabulary.mids, "label_encoder": label_encoder(self.vocabulary), "calibration": self.calibration}
         return {**hparams, **plain}
 
-    def export(self, folder: str | Path) -> None:
-        """Writes the model as the folder of a tagger, which can be moved anywhere.
+    def export(self, folder: str | Path, one_file: bool = False) -> None:
+        """Writes the model as the folder of a tagger, which can be moved anywhere; `one_file` puts its weights into one file.
 
         Example
         -------
@@ -124,7 +129,7 @@ class Source(ABC):
         >>> sorted(file.name for file in (folder / "tagger").iterdir())
         ['classifier.ckpt', 'embedding_model.ckpt', 'hyperparams.yaml', 'label_encoder.ckpt']
         """
-        write_tagger(folder, self.definitions, self.hparams(), self.vocabulary, self.calibration)
+        write_tagger(folder, self.definitions, self.hparams(), self.vocabulary, self.calibration, one_file)
 
     def _built(self) -> dict[str, Any]:
         hparams = build(self.definitions, self.path, self.trust)
@@ -150,7 +155,7 @@ class TaggerFolder(Source):
     @cached_property
     def vocabulary(self) -> Vocabulary:
         mids = read_yaml(self.hparams_file).get("mids")
-        encoder, file = CategoricalEncoder(), self.path / "label_encoder.ckpt"
+        encoder, file = CategoricalEncoder(), self.path / LABEL_ENCODER
         try:
             encoder.load(file)
             encoder.ignore_len()
@@ -166,6 +171,8 @@ class TaggerFolder(Source):
         return read_calibration(self.path, self.vocabulary)
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
+        if (file := self.path / WEIGHTS).is_file():
+            return parts_of(load_weights(file))
         return {name: load_weights(file) for name, file in module_files(self.path).items()}
 
     def files(self) -> list[Path]:
@@ -207,7 +214,7 @@ class Snapshot(Source):
     def weights(self) -> dict[str, dict[str, Tensor]]:
         state = load_weights(self.path)
         refuse_family(state, self.path)
-        return {name: part for name in MODULES if (part := part_of(name, state)) or name in MODULES[2:]}
+        return parts_of(state)
 
     def digest(self) -> str:
         digest = super().digest()
@@ -297,12 +304,14 @@ def open_source(
 ) -> Source:
     """Finds out what kind of trained model a path is. Nothing is constructed, and no weights are read, before they are asked for.
 
+    What is not on this machine is fetched at once.
+
     Arguments
     ---------
     path
-        See above.
+        See above. A file or a folder that is there comes before a published model of its name.
     labels
-        The class list of a published checkpoint.
+        The class list of a published checkpoint. Of a model by name, which has one, in place of it.
     trust
         See `Source`.
     weights
@@ -311,7 +320,7 @@ def open_source(
     Raises
     ------
     InputError
-        It is none of these, or a run has no such weights.
+        It is none of these, cannot be fetched, or a run has no such weights.
 
     Example
     -------
@@ -320,7 +329,7 @@ def open_source(
     """
     if isinstance(path, Source):
         return path
-    path = Path(path)
+    path = on_disk(path, labels)
     if (path / "results.json").is_file():
         return Snapshot(run_weights(path, weights), trust)
     if (path / "CKPT.yaml").is_file():
@@ -333,6 +342,13 @@ def open_source(
         missing = f"({path}: no such file or folder)"
         raise InputError(f"{path}: not the folder of a tagger, nor any other trained model {missing}. A trained model is {KINDS}")
     return Published(path, labels)
+
+
+def on_disk(path: str | Path, labels: str | Path | None = None) -> Path:
+    """Where a trained model is; one that is a repository (`hf://`), or a name and no path that there is, is fetched for that."""
+    if str(path).startswith(hub.PREFIX):
+        return hub.download(str(path))
+    return models.tagger_of(str(path), labels) if str(path) in models.MODELS and not Path(path).exists() else Path(path)
 
 
 def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
@@ -350,6 +366,11 @@ def run_weights(folder: str | Path, weights: str | int = "average") -> Path:
     if weights not in named and not str(weights).isdecimal():
         raise InputError(f"{folder}: weights are average, best, last or the number of an epoch, not {weights!r}")
     return snapshot_path(folder, named.get(weights) or int(weights))
+
+
+def parts_of(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Weights with keys `module.parameter` -> by module; an encoder and a classifier must have some."""
+    return {name: part for name in MODULES if (part := part_of(name, state)) or name in MODULES[2:]}
 
 
 def module_files(folder: Path) -> dict[str, Path]:

@@ -7,15 +7,27 @@ from typing import Any
 
 import ruamel.yaml
 from speechbrain.dataio.encoder import CategoricalEncoder
+from speechbrain.utils.parameter_transfer import Pretrainer
 
 from psla_sb.checkpoints.definitions import definitions_text, plain_definitions, tags_of
 from psla_sb.checkpoints.run_folder import CALIBRATION, HPARAMS
 from psla_sb.checkpoints.trust import untrusted
-from psla_sb.checkpoints.weights import state_of, trained_modules, write_tensors
+from psla_sb.checkpoints.weights import save_weights, state_of, trained_modules, write_tensors
 from psla_sb.files import atomic_write, write_file
 from psla_sb.labels.calibration import Calibration
 from psla_sb.labels.vocabulary import Vocabulary
 from psla_sb.lobes.chain import MODULES
+
+WEIGHTS, LABEL_ENCODER = "model.safetensors", "label_encoder.ckpt"
+
+
+class OneFilePretrainer(Pretrainer):
+    """Loads a tagger whose weights are all in `model.safetensors`; SpeechBrain's own wants a file `.ckpt` of each module."""
+
+    def collect_files(self, default_source: str | Path | None = None, **options: Any) -> dict[str, Path]:
+        """Does what SpeechBrain's method does."""
+        self.paths |= dict.fromkeys(self.custom_hooks, f"{default_source}/{WEIGHTS}")
+        return super().collect_files(default_source, **options)
 
 
 def write_tagger(
@@ -24,6 +36,7 @@ def write_tagger(
     modules: Mapping[str, Any],
     vocabulary: Vocabulary,
     calibration: Calibration | None = None,
+    one_file: bool = False,
 ) -> None:
     """Writes `hyperparams.yaml`, `embedding_model.ckpt` and `classifier.ckpt` (safetensors) and `label_encoder.ckpt`.
 
@@ -38,6 +51,8 @@ def write_tagger(
         The modules that they define, trained.
     calibration
         Fitted to what these modules score.
+    one_file
+        Puts all weights into `model.safetensors`, with keys `module.parameter`, in place of a file of each module.
 
     Example
     -------
@@ -60,15 +75,24 @@ def write_tagger(
     text.write("label_encoder: !new:speechbrain.dataio.encoder.CategoricalEncoder\n")
     yaml.dump({"mids": vocabulary.mids}, text)
     trained = trained_modules(modules)
-    text.write("\npretrainer: !new:speechbrain.utils.parameter_transfer.Pretrainer\n    loadables:\n")
+    pretrainer = "psla_sb.checkpoints.OneFilePretrainer" if one_file else "speechbrain.utils.parameter_transfer.Pretrainer"
+    text.write(f"\npretrainer: !new:{pretrainer}\n    loadables:\n")
     text.write("".join(f"        {name}: !ref <{name}>\n" for name in (*trained, "label_encoder")))
-    text.write("    custom_hooks:\n" + "".join(f"        {name}: !name:psla_sb.checkpoints.load_module\n" for name in trained))
-    # one that is there is of other weights
-    (Path(folder) / CALIBRATION).unlink(missing_ok=True)
+    text.write("    custom_hooks:\n")
+    for name in trained:
+        text.write(f"        {name}: !name:psla_sb.checkpoints.load_module" + (f" {{part: {name}}}\n" if one_file else "\n"))
+    # those that are there are of other weights
+    for file in (CALIBRATION, WEIGHTS):
+        (Path(folder) / file).unlink(missing_ok=True)
     write_file(Path(folder) / HPARAMS, text.getvalue())
-    for name, module in trained.items():
-        write_tensors(state_of(module), Path(folder) / f"{name}.ckpt")
-    with atomic_write(Path(folder) / "label_encoder.ckpt") as temporary:
+    if one_file:
+        save_weights(trained, Path(folder) / WEIGHTS)
+        for name in MODULES:
+            (Path(folder) / f"{name}.ckpt").unlink(missing_ok=True)
+    else:
+        for name, module in trained.items():
+            write_tensors(state_of(module), Path(folder) / f"{name}.ckpt")
+    with atomic_write(Path(folder) / LABEL_ENCODER) as temporary:
         label_encoder(vocabulary).save(temporary)
     if calibration is not None:
         calibration.write(Path(folder) / CALIBRATION, vocabulary)

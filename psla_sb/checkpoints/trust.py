@@ -25,6 +25,7 @@ NEEDED = {
     "!apply:psla_sb.lobes.chain.attribute",
     "!name:psla_sb.checkpoints.load_module",
     "!new:speechbrain.dataio.encoder.CategoricalEncoder",
+    "!new:psla_sb.checkpoints.OneFilePretrainer",
     "!new:speechbrain.utils.parameter_transfer.Pretrainer",
 }
 # These construct nothing.

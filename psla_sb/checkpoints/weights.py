@@ -176,8 +176,10 @@ def load_into(modules: Mapping[str, nn.Module], state: Mapping[str, torch.Tensor
         put_state(module, below(name, state))
 
 
-def load_module(module: nn.Module, path: str | Path) -> None:
+def load_module(module: nn.Module, path: str | Path, part: str | None = None) -> None:
     """Puts the weights in a safetensors file into a module: a hook for SpeechBrain's Pretrainer, whose own reads pickles.
+
+    `part` is what the module is called in a file of several, with keys `module.parameter`.
 
     Example
     -------
@@ -185,7 +187,8 @@ def load_module(module: nn.Module, path: str | Path) -> None:
     >>> _ = path.write_bytes(save(torch.nn.Linear(2, 1).state_dict()))
     >>> load_module(torch.nn.Linear(2, 1), path)
     """
-    state = {f"weights.{key}": value for key, value in load_weights(path).items()}
+    found = load_weights(path) if part is None else below(part, load_weights(path))
+    state = {f"weights.{key}": value for key, value in found.items()}
     load_into({"weights": module}, state, path)
 
 

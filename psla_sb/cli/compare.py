@@ -3,6 +3,8 @@
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
+from psla_sb import add_version
+
 EXAMPLES = """examples:
   psla-compare results/psla/1 results/psla/2
   psla-compare results/psla/1 results/psla/2 results/ensemble --out results/comparison
@@ -23,6 +25,7 @@ def compare(arguments: list[str] | None = None) -> None:
     """Runs `psla-compare`, by default with the arguments of this process."""
     description = "Compares systems on the clips that all have scored: figures, differences to the first, intervals of both."
     parser = ArgumentParser("psla-compare", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("systems", nargs="+", metavar="[NAME=]PATH", help="scores, see below; all are compared with the first")
     rows = ["ensemble", "weight_average", "best", "last"]
     parser.add_argument("--row", choices=rows, default="ensemble", help="of runs: whose scores (default: %(default)s)")

@@ -1,14 +1,15 @@
 """`psla-demo`: serves a page that tags sounds."""
 
 import argparse
-import os
 
+from psla_sb import add_version
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
 
 def demo(arguments: list[str] | None = None) -> None:
     """Runs `psla-demo`, by default with the arguments of this process."""
     parser = argparse.ArgumentParser("psla-demo", description="Serves a page: drop or record a sound, see its tags and timeline.")
+    add_version(parser)
     add_model(parser)
     parser.add_argument("--examples", metavar="FOLDER", help="sound files that the page offers")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
@@ -18,8 +19,6 @@ def demo(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.model is None:
         parser.error(NO_MODEL)
-    if not os.path.exists(options.model):
-        parser.error(f"--model {options.model}: no such file or folder")
     # after the command line was checked: it takes seconds
     from psla_sb.demo import example_files, launch
     from psla_sb.errors import InputError

@@ -2,6 +2,8 @@
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from psla_sb import add_version
+
 EXAMPLES = """examples:
   psla-prepare my_sounds --out my_data
   psla-fit my_data
@@ -24,6 +26,7 @@ def fit(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(
         "psla-fit", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    add_version(parser)
     parser.add_argument("folder", metavar="FOLDER", help="what psla-prepare has written: train.csv, valid.csv, the class list")
     parser.add_argument("--hparams", metavar="YAML", help="the recipe (default: hparams/own.yaml of recipes/AudioSet)")
     said = "train again without each fold that psla-prepare --folds has made, for figures of all clips"

@@ -8,14 +8,20 @@ from typing import Any
 NO_MODEL = """give --model FOLDER, the folder of a trained tagger. A training run writes one:
     make demo                    trains a small one in minutes, results/mini/1/tagger
     recipes/AudioSet/README.md   says how to train the real one
-    psla-import                  makes one from a published checkpoint, PSLA's or EfficientAT's"""
+    psla-import                  makes one from a published checkpoint, PSLA's or EfficientAT's
+or its name: psla-models lists those that are fetched; or hf://owner/name, a repository on Hugging Face"""
+SOURCE = (
+    "a tagger's folder, a run's folder, a snapshot, a published checkpoint, hf://owner/name[@revision] on Hugging Face, or the "
+    "name of a published model, see psla-models"
+)
+LABELS = "the class list of a published checkpoint; a model by name has its own"
 TRUST = "a Python module whose classes the model may be made of, searched in this folder too; repeatable"
 
 
 def add_model(parser: ArgumentParser) -> None:
     """Adds the options that say which trained model to load."""
-    parser.add_argument("--model", metavar="SOURCE", help="a tagger's folder, a run's folder, a snapshot, a published checkpoint")
-    parser.add_argument("--labels", metavar="CSV", help="the class list of a published checkpoint")
+    parser.add_argument("--model", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("--labels", metavar="CSV", help=LABELS)
     add_trust(parser)
 
 
@@ -32,10 +38,14 @@ def trusted(options: Namespace) -> list[str]:
 
 
 def load_tagger(parser: ArgumentParser, options: Namespace) -> Any:
-    """Loads the model that the options name, an `AudioTagger`, on their device; what is wrong ends the command, with status 2."""
+    """Loads the model that the options name, an `AudioTagger`, on their device; what is wrong ends the command, with status 2.
+
+    `options.source` becomes what `open_source` has opened.
+    """
     # imports take seconds, and --help and a wrong command line need none
     import torch
 
+    from psla_sb.checkpoints.sources import open_source
     from psla_sb.errors import InputError
     from psla_sb.inference.tagger import AudioTagger
 
@@ -44,6 +54,7 @@ def load_tagger(parser: ArgumentParser, options: Namespace) -> Any:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {options.device} cannot be used: {error}")
     try:
-        return AudioTagger.from_any(options.model, options.labels, trusted(options), run_opts={"device": options.device})
+        options.source = open_source(options.model, options.labels, trusted(options))
+        return AudioTagger.from_source(options.source, run_opts={"device": options.device})
     except InputError as error:
         parser.error(str(error))

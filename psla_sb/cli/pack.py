@@ -3,6 +3,8 @@
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from psla_sb import add_version
+
 EXAMPLES = """examples:
   psla-pack results/psla/1/train.csv --data-folder /data/audioset --out /data/packs
   psla-pack results/psla/1/eval.csv --data-folder /data/audioset --out /data/packs
@@ -19,6 +21,7 @@ def pack(arguments: list[str] | None = None) -> None:
     """Runs `psla-pack`, by default with the arguments of this process."""
     description = "Puts the clips of an annotation, as they are, into few large tar files, and writes the annotation of these."
     parser = ArgumentParser("psla-pack", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("annotation", nargs="?", metavar="ANNOTATION", help="a CSV file (ID,wav,duration,labels)")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", metavar="FOLDER", help="where to write the packs and their annotation, of the same name")

@@ -3,6 +3,8 @@
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from psla_sb import add_version
+
 EXAMPLES = """SOURCE is one of
   a folder with a folder of sounds for each class, also nested; folders train, valid and test, at the top or the bottom, are splits
   a folder of recordings with Audacity's label tracks beside them (x.wav, x.txt): each segment is a clip, and nothing is copied
@@ -39,6 +41,7 @@ def prepare(arguments: list[str] | None = None) -> None:
         "Makes a data set to train on of your own sounds: train, valid and test sets, and a page that says what was found."
     )
     parser = ArgumentParser("psla-prepare", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("source", metavar="SOURCE", help="a folder or a table, see below")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where to write; sounds are not copied")
     parser.add_argument(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from psla_sb import add_version
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
 
 FILES = "sounds of any format, sample rate and length; a folder, with all sounds in it; a pattern; - for a sound on stdin"
@@ -57,6 +58,7 @@ def tag(arguments: list[str] | None = None) -> None:
     """Runs `psla-tag`, by default with the arguments of this process; it always ends with `SystemExit`."""
     description = "Tags sound files: what can be heard in them, best first."
     parser = ArgumentParser("psla-tag", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     parser.add_argument("files", nargs="*", metavar="FILE", help=FILES)
     parser.add_argument("--list", metavar="FILE", help=LIST)
     parser.add_argument("--data-folder", metavar="FOLDER", help="what {data_root} in an annotation stands for")
@@ -157,9 +159,9 @@ def _use_hierarchy(parser: ArgumentParser, tagger: Any, options: Namespace) -> N
     from psla_sb.errors import InputError
     from psla_sb.labels.ontology import ADDRESS
 
-    options.ontology = file = options.ontology or os.path.join(options.model, "ontology.json")
+    options.ontology = file = options.ontology or os.path.join(options.source.path, "ontology.json")
     if not os.path.isfile(file):
-        need = f"give --ontology FILE, or put ontology.json into the folder {options.model}"
+        need = f"give --ontology FILE, or put ontology.json into the folder {options.source.path}"
         parser.error(f"--hierarchy=max: there is no {file}; {need}; AudioSet's is at {ADDRESS}")
     try:
         tagger.use_hierarchy(file)
@@ -204,13 +206,12 @@ def _sounds(options: Namespace, stdin: Path, missing: list[str]) -> Iterator[Sou
 
 def _told(tagger: Any, sounds: Iterator[Sound], options: Namespace) -> tuple[int, int | None]:
     """Prints or writes the rows of sounds: how many there were, how many have an error (None: other processes still write)."""
-    from psla_sb.checkpoints.sources import open_source
     from psla_sb.errors import InputError
     from psla_sb.inference.bulk import BulkRows, PathList, write_each
     from psla_sb.inference.many_files import workers_for
     from psla_sb.plots.recording import draw
 
-    rows = _rows(tagger, options, open_source(options.model, options.labels, options.trust).digest())
+    rows = _rows(tagger, options)
     if options.out:
         files = PathList(sound.path for sound in sounds)
         workers = workers_for(len(files)) if options.workers is None else options.workers
@@ -229,11 +230,11 @@ def _told(tagger: Any, sounds: Iterator[Sound], options: Namespace) -> tuple[int
     return len(found), _print(told, options.format or "table", rows.schema.names)
 
 
-def _rows(tagger: Any, options: Namespace, model: str) -> Any:
+def _rows(tagger: Any, options: Namespace) -> Any:
     from psla_sb.inference import rows
 
     hierarchy = hashlib.sha256(Path(options.ontology).read_bytes()).hexdigest() if options.hierarchy else None
-    same = {"model": model, "hierarchy": hierarchy}
+    same = {"model": options.source.digest(), "hierarchy": hierarchy}
     if options.timeline:
         return rows.Steps(tagger, options.top_k, options.threshold, **same)
     if options.events:

@@ -3,6 +3,8 @@
 import shlex
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
+from psla_sb import add_version
+
 EXAMPLES = """examples:
   psla-teacher passt_logits.npy --index passt_index.pkl --annotation results/psla/1/train.csv \\
       --labels /data/audioset/class_labels_indices.csv --out results/teacher
@@ -25,6 +27,7 @@ def teacher(arguments: list[str] | None = None) -> None:
     """Runs `psla-teacher`, by default with the arguments of this process."""
     description = "Makes a folder of a teacher's scores, for distillation, of what another system has scored."
     parser = ArgumentParser("psla-teacher", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
+    add_version(parser)
     add = parser.add_argument
     add("scores", metavar="LOGITS", help="a .npy file [rows, classes]")
     add("--index", required=True, metavar="FILE", help="which row is of which clip: .pkl, .json or .csv")

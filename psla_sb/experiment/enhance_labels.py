@@ -16,6 +16,7 @@ import pyarrow.csv
 from speechbrain.utils.distributed import if_main_process, run_on_main
 from speechbrain.utils.run_opts import RunOptions
 
+from psla_sb import add_version
 from psla_sb.aggregation.scoring import score
 from psla_sb.dataio.bad_clips import audio_check
 from psla_sb.dataio.manifest import Manifest
@@ -65,8 +66,9 @@ def main(recipe: str, arguments: list[str] | None = None, read_labels: Callable[
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     add = parser.add_argument
-    add("--teacher", metavar="SOURCE", action="append", help="tagger folder, run folder, snapshot or .pth; several: their mean")
+    add("--teacher", metavar="SOURCE", action="append", help="what --model of psla-tag takes; several: their mean")
     add("--threshold", nargs="+", type=threshold_kind, default=["mean"], help="mean, median, percentiles (default: mean)")
     add("--types", nargs="+", choices=["I", "II"], default=["I", "II"], help="I: children, II: ancestors (default: both)")
     add("--out", metavar="FOLDER", help="default: enhanced_labels in output_folder")

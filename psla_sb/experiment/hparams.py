@@ -16,6 +16,7 @@ from hyperpyyaml import load_hyperpyyaml, resolve_references
 from speechbrain.utils.distributed import run_on_main
 from speechbrain.utils.run_opts import RunOptions
 
+from psla_sb import add_version
 from psla_sb.checkpoints.definitions import definitions_text, read_yaml, refer_to_plain_attributes
 from psla_sb.checkpoints.trust import as_names
 from psla_sb.dataio.dataset import CROPS
@@ -87,6 +88,7 @@ class CommandLine(RunOptions):
     @classmethod
     def _create_parser(cls) -> argparse.ArgumentParser:
         parser = RunOptions._create_parser()
+        add_version(parser)
         said = "of train.py: prepare the data, try some steps, and say what the run would be and how long it would take"
         parser.add_argument("--dry_run", action="store_true", help=said)
         parser.allow_abbrev = False

@@ -13,6 +13,7 @@ import torch
 from speechbrain.utils.run_opts import RunOptions
 from tqdm import tqdm
 
+from psla_sb import add_version
 from psla_sb.checkpoints.definitions import read_yaml
 from psla_sb.checkpoints.run_folder import HPARAMS
 from psla_sb.errors import InputError
@@ -38,6 +39,7 @@ def script_parser(recipe: str, description: str, epilog: str, seeds: Sequence[in
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_version(parser)
     parser.add_argument("hparams", metavar="YAML", help="the recipe, such as hparams/mini.yaml")
     default = ",".join(map(str, seeds))
     parser.add_argument("--seeds", type=seed_list, default=seeds, metavar="N,N,...", help=f"{what} (default: {default})")

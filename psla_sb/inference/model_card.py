@@ -1,12 +1,16 @@
 """A trained model -> a folder to hand on: the tagger, its classes, a model card with figures and settings, ONNX if wanted."""
 
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import EvalResult, ModelCardData
 
 from psla_sb.checkpoints.definitions import read_yaml
+from psla_sb.checkpoints.hub import PREFIX, Address, push
 from psla_sb.checkpoints.run_folder import read_results
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.tagger_folder import trust_options
@@ -15,12 +19,7 @@ from psla_sb.inference.tagger import AudioTagger
 from psla_sb.metrics import FIGURES
 
 CARD = """---
-library_name: speechbrain
-pipeline_tag: audio-classification
-tags:
-- audio-tagging
-- speechbrain
-- psla
+{metadata}
 ---
 # Audio tagger, {n_classes} classes
 
@@ -29,16 +28,16 @@ psla_sb, a toolkit made of [PSLA](https://arxiv.org/abs/2102.01243); of the weig
 
 ## Use
 
-    psla-tag --model {folder}{trust} sound.wav
+    psla-tag --model {address}{trust} sound.wav
 
 ```python
 from psla_sb.inference import AudioTagger
 
-tagger = AudioTagger.from_folder("{folder}")
+tagger = AudioTagger.{loaded}
 print(tagger.tag_file("sound.wav"))
 ```
 
-SpeechBrain's `EncoderClassifier.from_hparams(source="{folder}")` loads it too. Sounds are taken at {sample_rate} Hz, in mono.
+SpeechBrain's `EncoderClassifier.from_hparams(source="{source}")` loads it too. Sounds are taken at {sample_rate} Hz, in mono.
 A sound of up to {window:.4g} s is one clip. A longer one is heard whole, in windows of that length that overlap by half, and a
 class's score is the highest of the windows'.
 {decisions}{onnx}
@@ -69,15 +68,25 @@ def export_model(
     onnx: bool = False,
     labels: str | Path | None = None,
     trust: Sequence[str] = (),
+    licence: str | None = None,
+    datasets: Sequence[str] = (),
+    repository: str | None = None,
 ) -> None:
     """Writes a trained model as a folder, with `class_labels_indices.csv`, the model card `README.md` and, if wanted, `model.onnx`.
 
     The arguments are those of `open_source`; of a run's folder, `weights` are "average", "best", "last" or the number of an epoch.
+
+    Arguments
+    ---------
+    licence, datasets
+        For the card, as Hugging Face calls them.
+    repository
+        What the folder will be on Hugging Face, such as `owner/name`; its weights are then one file, `model.safetensors`.
     """
-    model, folder = Path(model), Path(folder)
+    folder = Path(folder)
     source = open_source(model, labels, trust, weights)
     tagger, vocabulary = AudioTagger.from_source(source, run_opts={"device": "cpu"}), source.vocabulary
-    source.export(folder)
+    source.export(folder, one_file=repository is not None)
     vocabulary.to_csv(folder / "class_labels_indices.csv")
     rate, note = tagger.hparams.sample_rate, ""
     if onnx:
@@ -85,16 +94,20 @@ def export_model(
 
         more = ", thresholds and calibration" if tagger.calibration else ""
         note = ONNX.format(sample_rate=rate, worst=max(export_onnx(tagger, folder / "model.onnx"), 1e-7), more=more)
-    name, figures, settings = f"`{model.name}`", "They are not known here.", "They are not known here."
-    if (model / "results.json").is_file():
-        name = f"epoch {weights}" if str(weights).isdecimal() else f"`{weights}`"
-        figures = figures_table(read_results(model), weights)
+    name, results, figures, settings = f"`{Path(model).name}`", {}, "They are not known here.", "They are not known here."
+    if (Path(model) / "results.json").is_file():
+        name, results = f"epoch {weights}" if str(weights).isdecimal() else f"`{weights}`", read_results(model)
+        figures = figures_table(results, weights)
     if source.hparams_file.is_file():
         settings = settings_table(read_yaml(source.hparams_file))
+    where = {"address": folder.name, "source": folder.name, "loaded": f'from_folder("{folder.name}")'}
+    if repository is not None:
+        where = {"address": f"{PREFIX}{repository}", "source": repository, "loaded": f'from_any("{PREFIX}{repository}")'}
     card = CARD.format(
+        metadata=metadata(repository or folder.name, figures_of(results, weights), licence, datasets),
         n_classes=len(vocabulary),
         weights=name,
-        folder=folder.name,
+        **where,
         trust=trust_options(folder),
         sample_rate=rate,
         window=tagger.window / rate,
@@ -104,6 +117,59 @@ def export_model(
         settings=settings,
     )
     write_file(folder / "README.md", card)
+
+
+def push_model(
+    model: str | Path, repository: str, folder: str | Path | None = None, private: bool = False, **options: Any
+) -> Address:
+    """Writes a trained model as `export_model` does, whose options these are, and uploads it; returns the address of the commit.
+
+    Arguments
+    ---------
+    repository, private
+        See `psla_sb.checkpoints.hub.push`.
+    folder
+        What is uploaded stays there; None for nowhere.
+    """
+    repository = repository.removeprefix(PREFIX)
+    with tempfile.TemporaryDirectory() as temporary:
+        export_model(model, folder or temporary, repository=repository, **options)
+        return push(folder or temporary, repository, private)
+
+
+def metadata(name: str, figures: Mapping[str, Any] | None, licence: str | None, datasets: Sequence[str]) -> str:
+    """Writes the head of a model card, YAML that Hugging Face reads.
+
+    Example
+    -------
+    >>> print(metadata("owner/name", None, "cc-by-4.0", []))
+    library_name: speechbrain
+    license: cc-by-4.0
+    pipeline_tag: audio-classification
+    tags:
+    - audio-tagging
+    - speechbrain
+    - psla
+    """
+    known: dict[str, Any] = {}
+    if figures is not None:
+        # model-index wants a data set; which one it was nobody has said
+        of = datasets[0] if datasets else "evaluation set of the run"
+        rows = [EvalResult("audio-classification", of, of, metric, round(figures[metric], 4)) for metric in FIGURES]
+        known = {
+            "metrics": list(FIGURES),
+            "model_name": name,
+            "eval_results": [row for row in rows if not math.isnan(row.metric_value)],
+        }
+    data = ModelCardData(
+        license=licence,
+        library_name="speechbrain",
+        tags=["audio-tagging", "speechbrain", "psla"],
+        datasets=list(datasets) or None,
+        pipeline_tag="audio-classification",
+        **known,
+    )
+    return data.to_yaml().strip()
 
 
 def _decisions(tagger: AudioTagger) -> str:
@@ -119,17 +185,23 @@ def _decisions(tagger: AudioTagger) -> str:
 
 def figures_table(results: Mapping[str, Any], weights: str | int) -> str:
     """Writes the figures of these weights, from a run's `results.json`, as Markdown."""
+    figures = figures_of(results, weights)
+    if figures is None:
+        return "The run has not been evaluated."
     if str(weights).isdecimal():
         heading = f"epoch {weights}, on the validation set"
-        figures = next(epoch for epoch in results["epochs"] if epoch["epoch"] == int(weights))
     else:
-        figures = results.get("evaluation", {}).get(WEIGHTS[str(weights)])
-        if figures is None:
-            return "The run has not been evaluated."
         epochs = figures["epochs"]
         heading = f"epoch {epochs[0]}" if len(epochs) == 1 else f"average of the weights of epochs {epochs[0]} to {epochs[-1]}"
     rows = [f"| {name} | {figures[name]:.4f} |" for name in FIGURES]
     return "\n".join([f"| figure | {heading} |", "|---|---|", *rows])
+
+
+def figures_of(results: Mapping[str, Any], weights: str | int) -> Mapping[str, Any] | None:
+    """The figures of these weights in a run's `results.json`; None if there are none."""
+    if str(weights).isdecimal():
+        return next((epoch for epoch in results.get("epochs", []) if epoch["epoch"] == int(weights)), None)
+    return results.get("evaluation", {}).get(WEIGHTS[str(weights)])
 
 
 def settings_table(settings: Mapping[str, Any]) -> str:

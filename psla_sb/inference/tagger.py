@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from psla_sb.checkpoints import hub
 from psla_sb.checkpoints.psla import AUDIOSET_FRAMES, PUBLISHED_PADDING
 from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolder, open_source, run_weights
 from psla_sb.checkpoints.tagger_folder import read_calibration
@@ -91,7 +92,8 @@ class AudioTagger(SoundEncoder):
         `fetch_config=FetchConfig(revision="5c0be3875fda05e81f3c004ed8c7c06be308de1e")`. Of folders, `from_folder` is the safe way.
         """
         tagger = super().from_hparams(source=str(source), savedir=savedir, **_on_device(device, kwargs))
-        tagger.hparams.calibration = read_calibration(source, Vocabulary(tagger.hparams.mids, tagger.labels))
+        folder = hub.with_calibration(source, savedir, **{key: kwargs[key] for key in kwargs if key == "fetch_config"})
+        tagger.hparams.calibration = read_calibration(folder, Vocabulary(tagger.hparams.mids, tagger.labels))
         return tagger
 
     @classmethod
@@ -142,7 +144,11 @@ class AudioTagger(SoundEncoder):
     def from_any(
         cls, source: str | Path, labels: str | Path | None = None, trust: Sequence[str] = (), **kwargs: Any
     ) -> "AudioTagger":
-        """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a published checkpoint with its `labels`."""
+        """Loads a tagger's folder, a run's folder (its weight average), a snapshot, or a published checkpoint with its `labels`.
+
+        Or a repository on Hugging Face, `hf://owner/name` or `hf://owner/name@revision`; or a published model by its name, such as
+        "efficientat-mn10", see `psla-models`. Both are downloaded once; loading them constructs no more than `from_folder` does.
+        """
         return cls.from_source(open_source(source, labels, trust), **kwargs)
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from psla_sb import add_version
 from psla_sb.errors import InputError
 from psla_sb.files import one_process
 from psla_sb.prepare.mini_classes import CATEGORIES, CLASSES
@@ -240,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line of this module."""
     description = "Write a small synthetic data set in AudioSet's layout."
     parser = argparse.ArgumentParser("python -m psla_sb.prepare.mini_audioset", description=description)
+    add_version(parser)
     parser.add_argument("folder", help="where to write it")
     for name, default, said in (
         ("n_train", 500, "training clips (default: %(default)s)"),

@@ -1,14 +1,10 @@
 """The official files of AudioSet that recipes need beside the clips: class list, ontology, segment lists."""
 
-import hashlib
 from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 
-from speechbrain.utils.data_utils import download_file
-
 from psla_sb.errors import InputError
-from psla_sb.files import atomic_write
+from psla_sb.fetch import fetch
 
 SEGMENTS = "http://storage.googleapis.com/us_audioset/youtube_corpus/v1/csv"
 ONTOLOGY = "https://raw.githubusercontent.com/audioset/ontology/master"
@@ -52,14 +48,4 @@ def fetch_metadata(paths: Iterable[str | Path]) -> None:
         if path.name not in OFFICIAL:
             raise InputError(f"{path}: no such file, and it is none of AudioSet's official ones, which can be downloaded")
         url, expected = OFFICIAL[path.name]
-        remedy = f"Get {url} on a machine that can, and put it at {path}."
-        with atomic_write(path) as temporary:
-            try:
-                download_file(url, str(temporary), replace_existing=True)
-            except (OSError, HTTPException) as error:
-                raise InputError(f"{path}: no such file, and {url} cannot be downloaded: {error}. {remedy}") from None
-            # compared before the file gets its name; the largest has 100 MB
-            found = hashlib.sha256(temporary.read_bytes()).hexdigest()
-            if found != expected:
-                said = f"what {url} gave is not the official {path.name}: its SHA-256 is {found}, not {expected}."
-                raise InputError(f"{said} It was not kept. {remedy}")
+        fetch(url, path, expected)
