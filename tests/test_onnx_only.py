@@ -10,6 +10,7 @@ import soundfile
 import torch
 from torchaudio.transforms import Resample
 
+from psla_sb.cli.export import export
 from psla_sb.dataio.audio import RESAMPLING
 from psla_sb.dataio.manifest import Manifest
 from psla_sb.errors import InputError
@@ -107,3 +108,14 @@ def test_eight_bits_and_what_they_lose(model, lively_runs, mini_data, tmp_path):
     few = Manifest.from_columns(["a"], ["a.wav"], [1.0], [vocabulary.mids[0]])
     with pytest.raises(InputError, match="8 bits need four at least"):
         quantize_onnx(path, tmp_path / "none.onnx", few, vocabulary, 16000, tagger.window)
+
+
+def test_export_writes_both_and_says_what_is_lost(lively_runs, mini_data, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    run, out = lively_runs / "a", tmp_path / "tagger"
+    export([str(run), "--out", str(out), "--int8", str(run / "train.csv"), "--data-folder", str(mini_data)])
+    said, card = capsys.readouterr().out, (out / "README.md").read_text(encoding="utf-8")
+    assert "On 20 clips that were not used to make it, its mAP is " in card
+    assert said.splitlines()[0] in card
+    assert {"model.onnx", "model_int8.onnx"} <= {file.name for file in out.iterdir()}
+    assert AudioTagger.from_folder(out).labels

@@ -14,6 +14,7 @@ from psla_sb.checkpoints.hub import PREFIX, Address, push
 from psla_sb.checkpoints.run_folder import read_results
 from psla_sb.checkpoints.sources import open_source
 from psla_sb.checkpoints.tagger_folder import trust_options
+from psla_sb.dataio.manifest import Manifest
 from psla_sb.files import write_file
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.metrics import FIGURES
@@ -58,6 +59,10 @@ ONNX = """
 `[batch, classes]`; of a longer sound it takes one window. On noise of four lengths it was within {worst:.0e} of PyTorch. Its
 metadata have the labels{more}.
 """
+INT8 = """
+`model_int8.onnx` is the same with the encoder in 8 bits. On {clips} clips that were not used to make it, {mAP}its scores differ
+by {mean:.4f} on average and by {most:.2f} at most.
+"""
 WEIGHTS = {"average": "weight_average", "best": "best", "last": "last"}
 
 
@@ -71,7 +76,8 @@ def export_model(
     licence: str | None = None,
     datasets: Sequence[str] = (),
     repository: str | None = None,
-) -> None:
+    int8: Manifest | None = None,
+) -> str | None:
     """Writes a trained model as a folder, with `class_labels_indices.csv`, the model card `README.md` and, if wanted, `model.onnx`.
 
     The arguments are those of `open_source`; of a run's folder, `weights` are "average", "best", "last" or the number of an epoch.
@@ -82,18 +88,26 @@ def export_model(
         For the card, as Hugging Face calls them.
     repository
         What the folder will be on Hugging Face, such as `owner/name`; its weights are then one file, `model.safetensors`.
+    int8
+        Clips with labels, by which `model_int8.onnx` is written as well. What it loses is returned, and stands in the card.
     """
     folder = Path(folder)
     source = open_source(model, labels, trust, weights)
     tagger, vocabulary = AudioTagger.from_source(source, run_opts={"device": "cpu"}), source.vocabulary
     source.export(folder, one_file=repository is not None)
     vocabulary.to_csv(folder / "class_labels_indices.csv")
-    rate, note = tagger.hparams.sample_rate, ""
-    if onnx:
+    rate, note, loss = tagger.hparams.sample_rate, "", None
+    if onnx or int8 is not None:
         from psla_sb.inference.onnx_export import export_onnx
 
         more = ", thresholds and calibration" if tagger.calibration else ""
         note = ONNX.format(sample_rate=rate, worst=max(export_onnx(tagger, folder / "model.onnx"), 1e-7), more=more)
+    if int8 is not None:
+        from psla_sb.inference.onnx_int8 import quantize_onnx
+
+        lost = quantize_onnx(folder / "model.onnx", folder / "model_int8.onnx", int8, vocabulary, rate, tagger.window)
+        kept = "" if lost["mAP"] is None else f"its mAP is {lost['mAP_int8']:.4f} in place of {lost['mAP']:.4f}, and "
+        loss = INT8.format(clips=lost["clips"], mAP=kept, **lost["changed"])
     name, results, figures, settings = f"`{Path(model).name}`", {}, "They are not known here.", "They are not known here."
     if (Path(model) / "results.json").is_file():
         name, results = f"epoch {weights}" if str(weights).isdecimal() else f"`{weights}`", read_results(model)
@@ -112,17 +126,20 @@ def export_model(
         sample_rate=rate,
         window=tagger.window / rate,
         decisions=_decisions(tagger),
-        onnx=note,
+        onnx=note + (loss or ""),
         figures=figures,
         settings=settings,
     )
     write_file(folder / "README.md", card)
+    return loss and loss.strip()
 
 
 def push_model(
     model: str | Path, repository: str, folder: str | Path | None = None, private: bool = False, **options: Any
-) -> Address:
-    """Writes a trained model as `export_model` does, whose options these are, and uploads it; returns the address of the commit.
+) -> tuple[Address, str | None]:
+    """Writes a trained model as `export_model` does, whose options these are, and uploads it.
+
+    Returns the address of the commit, and what `export_model` does.
 
     Arguments
     ---------
@@ -133,8 +150,8 @@ def push_model(
     """
     repository = repository.removeprefix(PREFIX)
     with tempfile.TemporaryDirectory() as temporary:
-        export_model(model, folder or temporary, repository=repository, **options)
-        return push(folder or temporary, repository, private)
+        loss = export_model(model, folder or temporary, repository=repository, **options)
+        return push(folder or temporary, repository, private), loss
 
 
 def metadata(name: str, figures: Mapping[str, Any] | None, licence: str | None, datasets: Sequence[str]) -> str:
