@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
+from psla_sb.cli.tag_stream import add_stream_options, check_stream_options, tag_stream
 
 FILES = "sounds of any format, sample rate and length; a folder, with all sounds in it; a pattern; - for a sound on stdin"
 EXAMPLES = """examples:
@@ -21,6 +22,8 @@ EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger recordings/ 'more/**/*.flac' --format jsonl > tags.jsonl
   psla-tag --model results/psla/1/tagger hour.mp3 --events --threshold 0.3 --plot hour.png
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
+  ffmpeg -i URL -f s16le -ac 1 -ar 16000 - | psla-tag --model results/psla/1/tagger --stream --sample-rate 16000
+  psla-tag --model results/psla/1/tagger --stream --microphone --threshold 0.3
 
 Of a model with thresholds (calibration.json in its folder), "yes" stands beside a score that reaches its class's threshold.
 
@@ -41,7 +44,7 @@ def tag(arguments: list[str] | None = None) -> None:
     """Runs `psla-tag`, by default with the arguments of this process; it always ends with `SystemExit`."""
     description = "Tags sound files: what can be heard in them, best first."
     parser = ArgumentParser("psla-tag", description=description, epilog=EXAMPLES, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", metavar="FILE", help=FILES)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=FILES)
     add_model(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help=LEAST)
@@ -56,9 +59,11 @@ def tag(arguments: list[str] | None = None) -> None:
     along.add_argument("--decided", action="store_true", help="of the K best, only tags that reach their class's own threshold")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    add_stream_options(parser)
     # what names a file is one, whatever it begins with
     given = [_as_file(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     options = parser.parse_args(given)
+    check_stream_options(parser, options)
     # names need not be UTF-8
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -75,6 +80,8 @@ def tag(arguments: list[str] | None = None) -> None:
     tagger = load_tagger(parser, options)
     if options.hierarchy:
         _use_hierarchy(parser, tagger, options)
+    if options.stream:
+        sys.exit(tag_stream(parser, tagger, options))
     if options.decided and tagger.calibration is None:
         parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
     with tempfile.TemporaryDirectory() as folder:

@@ -222,7 +222,7 @@ def to_waveform(samples: Any, sample_rate: int, to_rate: int = 16000) -> torch.T
 
 
 def sample_values(samples: Any) -> torch.Tensor:
-    """Converts samples in memory of any type, see `to_waveform`, to float32, `[n]` or `[n, m]` as they are."""
+    """Copies samples in memory of any type, see `to_waveform`, as float32, `[n]` or `[n, m]` as they are."""
     if isinstance(samples, torch.Tensor):
         samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
     array = np.asarray(samples)
@@ -233,7 +233,7 @@ def sample_values(samples: Any) -> torch.Tensor:
     if array.dtype.kind in "iu":
         scale = 2.0 ** (8 * array.itemsize - 1)
         array = array / scale - (array.dtype.kind == "u")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
 
 def opened(source: Any, sample_rate: int | None, to_rate: int) -> Opened:
