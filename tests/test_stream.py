@@ -21,6 +21,7 @@ from psla_sb.errors import InputError
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.inference.timeline import Begun, Event, EventDetector, Timeline, events
 from psla_sb.labels.ontology import Ontology
+from runs import REPOSITORY
 from stubs import band_tagger
 
 RATES = [8000, 16000, 22050, 44100, 44101, 48000]
@@ -94,11 +95,11 @@ def test_a_block_may_be_filled_anew(tagger):
 def test_the_hierarchy_holds_for_streams():
     tagger, samples = band_tagger(198), loud_and_quiet(64_000, 16000)
     plain = streamed(tagger, [samples], 16000)
-    entries = [{"id": "/m/high", "name": "High", "child_ids": ["/m/low"]}, {"id": "/m/low", "name": "Low", "child_ids": []}]
+    entries = [{"id": "/m/low", "name": "Low", "child_ids": ["/m/high"]}, {"id": "/m/high", "name": "High", "child_ids": []}]
     tagger.use_hierarchy(Ontology(entries))
     found = streamed(tagger, samples.reshape(-1, 1600), 16000)
     assert_same(found, tagger.tag_timeline(samples, sample_rate=16000))
-    assert (found.scores[:, 1] > plain.scores[:, 1] + 0.01).any()
+    assert (found.scores[:, 0] > plain.scores[:, 0] + 0.01).any()
 
 
 @pytest.mark.parametrize("rate", [16000, 44100])
@@ -240,6 +241,20 @@ def test_a_detector_refuses_what_does_not_fit():
     detector.finish()
     with pytest.raises(ValueError, match="has been finished"):
         detector.push(np.zeros(1), np.zeros((1, 2)))
+
+
+def test_the_example_of_the_readme(tagger, capsys):
+    example = (
+        (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("from psla_sb.inference.timeline import EventDetector")[2]
+    )
+    samples = np.repeat(loud_and_quiet(9 * 44100, 44100), 2, axis=1)
+    exec(
+        example.partition("```")[0],
+        {"tagger": tagger, "blocks": np.split(samples, range(1000, len(samples), 10_000)), "EventDetector": EventDetector},
+    )
+    lines = capsys.readouterr().out
+    expected = events(tagger.tag_timeline(samples, sample_rate=44100), 0.3)
+    assert lines.count("Event(") == lines.count("Begun(") == len(expected) > 1
 
 
 # psla-tag --stream
