@@ -11,8 +11,9 @@ import torch
 from torchaudio.functional import resample
 from tqdm import tqdm
 
-from psla_sb.dataio.audio import RESAMPLING, read_audio
+from psla_sb.dataio.audio import read_audio
 from psla_sb.dataio.containers import sounds_in
+from psla_sb.dataio.resampling import RESAMPLING
 from psla_sb.inference import AudioTagger
 
 RATE, OTHER = 16000, 44100

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from psla_sb import add_version
 from psla_sb.cli.options import NO_MODEL, add_model, load_tagger
+from psla_sb.cli.tag_stream import add_stream_options, check_stream_options, table_line, tag_stream
 
 FILES = "sounds of any format, sample rate and length; a folder, with all sounds in it; a pattern; - for a sound on stdin"
 EXAMPLES = """examples:
@@ -26,6 +27,8 @@ EXAMPLES = """examples:
   psla-tag --model results/psla/1/tagger archive/ --out tags.parquet --workers 8 --device cuda
   torchrun --nproc-per-node=4 --no-python psla-tag --model results/psla/1/tagger archive/ --out tags.parquet --device cuda
   curl -s https://example.org/sound.wav | psla-tag --model results/psla/1/tagger -
+  ffmpeg -i URL -f s16le -ac 1 -ar 16000 - | psla-tag --model results/psla/1/tagger --stream --sample-rate 16000
+  psla-tag --model results/psla/1/tagger --stream --microphone --threshold 0.3
 
 A row is a tag, a step (--timeline), an event (--events), a sound's scores or its embedding. JSON, JSON lines, CSV and Parquet
 have the same fields: file, start, end (seconds; empty where the row is about the whole sound), label, mid, score, error; of a
@@ -44,7 +47,6 @@ single clips.
 exit status: 0 if all files were tagged, 1 if some could not be (see stderr, or the rows with an error), 2 if the command line is
 wrong, 75 if it was stopped (the same command with --out goes on)"""
 
-MARKS = {True: "yes", False: "-  ", None: ""}  # of a decision, in a table
 HIERARCHY = "max: the score of a class that is the only parent of others is the highest of its own and theirs, and so on upward"
 ONTOLOGY = "AudioSet's ontology.json, for --hierarchy (default: the one in the model's folder)"
 LEAST = "the least score of a tag; of an event, by default its class's own threshold, or 0.5 where the model has none"
@@ -83,9 +85,11 @@ def tag(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows on the device at a time (default: 16)")
     parser.add_argument("--workers", type=int, metavar="N", help=WORKERS)
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
+    add_stream_options(parser)
     # what names a file is one, whatever it begins with
     given = [_as_file(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     options = parser.parse_args(given)
+    check_stream_options(parser, options)
     # names need not be UTF-8
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
@@ -97,6 +101,8 @@ def tag(arguments: list[str] | None = None) -> None:
     tagger = load_tagger(parser, options)
     if options.hierarchy:
         _use_hierarchy(parser, tagger, options)
+    if options.stream:
+        sys.exit(tag_stream(parser, tagger, options))
     if options.decided and tagger.calibration is None:
         parser.error(f"--decided: {options.model} has no thresholds (calibration.json); give --threshold SCORE instead")
     from psla_sb.errors import InputError
@@ -133,8 +139,7 @@ def _process() -> tuple[int, int]:
 
 
 def _check(parser: ArgumentParser, options: Namespace) -> None:
-    if not options.files and not options.list:
-        parser.error("the following arguments are required: FILE (or --list)")
+    check_stream_options(parser, options)
     if options.top_k < 1:
         parser.error("--top-k must be 1 or more")
     if options.threshold is not None and not 0 < options.threshold <= 1:
@@ -260,14 +265,12 @@ def _print(told: Iterable[list[dict]], form: str, fields: list[str]) -> int:
             if text is not None:
                 text.write(rows)
             elif not error:
-                _print_table(rows)
+                _show(rows)
     return failed
 
 
-def _print_table(rows: list[dict]) -> None:
+def _show(rows: list[dict]) -> None:
     print(rows[0]["file"])
     for row in rows:
         if row["label"] is not None:
-            times = [f"{row[key]:9.2f} s" for key in ("start", "end") if row[key] is not None]
-            mark = [MARKS[row["decision"]]] if "decision" in row else []
-            print("  ".join(["", *times, f"{row['score']:.3f}", *mark, row["label"]]))
+            print(table_line(row))

@@ -3,42 +3,30 @@
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator
-from fractions import Fraction
-from functools import lru_cache
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torchaudio.transforms import Resample
 
 from psla_sb.dataio import decoders, packs
 from psla_sb.dataio.containers import AudioError, warn
 from psla_sb.dataio.decoders import decoded, decoded_segment
+from psla_sb.dataio.resampling import Resampling, resampler
+from psla_sb.dataio.windows import through
 from psla_sb.errors import InputError
 
 SAMPLE_RATES = range(1_000, 1_000_001)  # in Hz; others come from broken headers
 NOT_FINITE = "samples that are not finite, or far outside of [-1, 1]"
 # Full scale is 1. What is beyond this may be samples of integers that were not divided by theirs, and far beyond it, is.
 LOUD, LOUDEST = 32.0, 1024.0
-# Of a resampler, also of what copies are made with. Up to 0.46 of the lower rate it keeps the level to 0.1 dB, and from 0.51 on
-# what is there is under -100 dB; torchaudio's own settings let through a third of the level right above the half.
-RESAMPLING: dict[str, Any] = {"lowpass_filter_width": 64, "rolloff": 0.96, "resampling_method": "sinc_interp_kaiser", "beta": 10.0}
-
 # Of a segment so much may be missing at its end, in seconds: lengths in annotations are rounded.
 MISSING_AT_END = 0.05
 
 AudioFile = str | Path | BinaryIO
 Opened = AudioFile | list[torch.Tensor]  # the waveform of an array, as the only block of `read_blocks`
-
-
-@lru_cache(maxsize=16)
-def _resampler(from_rate: int, to_rate: int) -> Resample:
-    # The filter grows with both terms of the ratio: unrounded, a header with 44101 Hz in place of 44100 would cost gigabytes.
-    terms = Fraction(*sorted((from_rate, to_rate))).limit_denominator(1000).as_integer_ratio()
-    return Resample(*(terms if from_rate < to_rate else terms[::-1]), **RESAMPLING)
 
 
 def read_audio(path: AudioFile, sample_rate: int = 16000, start: float | None = None, seconds: float | None = None) -> torch.Tensor:
@@ -103,8 +91,8 @@ def _read(
         waves = []
         for rate, group in groupby(pieces, key=lambda piece: piece[0]):
             _check_rate(path, rate)
-            wave = _joined([_mono(path, as_floats(piece)) for _, piece in group])
-            waves.append(wave if rate == sample_rate or not len(wave) else _resampler(rate, sample_rate)(wave))
+            wave = _joined([mono(path, as_floats(piece)) for _, piece in group])
+            waves.append(wave if rate == sample_rate or not len(wave) else resampler(rate, sample_rate)(wave))
     if not any(map(len, waves)):
         raise AudioError(f"{path}: has no samples")
     return _joined(waves)
@@ -186,7 +174,8 @@ def _check_rate(path: Any, rate: int) -> None:
         raise AudioError(f"{path}: has a sample rate of {rate} Hz in its header, which cannot be right")
 
 
-def _mono(path: Any, wave: torch.Tensor) -> torch.Tensor:
+def mono(path: Any, wave: torch.Tensor) -> torch.Tensor:
+    """Averages channels, `[samples, channels]` to `[samples]`; refuses samples that are out of range."""
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(dim=1)
     if len(wave):
         check_scale(path, wave)
@@ -225,6 +214,15 @@ def to_waveform(samples: Any, sample_rate: int, to_rate: int = 16000) -> torch.T
     >>> to_waveform(np.full((44100, 2), 2**14, np.int16), 44100)[8000]
     tensor(0.5000)
     """
+    wave = sample_values(samples)
+    wave = wave[:, None] if wave.dim() == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
+    _check_rate("an array of sound", sample_rate)
+    wave = mono("an array of sound", wave)
+    return wave if sample_rate == to_rate else resampler(sample_rate, to_rate)(wave)
+
+
+def sample_values(samples: Any) -> torch.Tensor:
+    """Copies samples in memory of any type, see `to_waveform`, as float32, `[n]` or `[n, m]` as they are."""
     if isinstance(samples, torch.Tensor):
         samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
     array = np.asarray(samples)
@@ -235,11 +233,7 @@ def to_waveform(samples: Any, sample_rate: int, to_rate: int = 16000) -> torch.T
     if array.dtype.kind in "iu":
         scale = 2.0 ** (8 * array.itemsize - 1)
         array = array / scale - (array.dtype.kind == "u")
-    wave = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    wave = wave[:, None] if wave.dim() == 1 else wave if wave.shape[0] > wave.shape[1] else wave.T
-    _check_rate("an array of sound", sample_rate)
-    wave = _mono("an array of sound", wave)
-    return wave if sample_rate == to_rate else _resampler(sample_rate, to_rate)(wave)
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
 
 def opened(source: Any, sample_rate: int | None, to_rate: int) -> Opened:
@@ -277,39 +271,12 @@ def _blocks(path: str, source: str | io.BytesIO, sample_rate: int, seconds: floa
     n_samples = 0
     for rate, group in groupby(decoded(path, source, seconds), key=lambda piece: piece[0]):
         _check_rate(path, rate)
-        blocks = (_mono(path, as_floats(piece)) for _, piece in group)
-        for block in blocks if rate == sample_rate else resampled(blocks, _resampler(rate, sample_rate)):
+        blocks = (mono(path, as_floats(piece)) for _, piece in group)
+        for block in blocks if rate == sample_rate else through(Resampling(rate, sample_rate), blocks):
             n_samples += len(block)
             yield block
     if n_samples == 0:
         raise AudioError(f"{path}: has no samples")
-
-
-def resampled(blocks: Iterable[torch.Tensor], resample: Resample) -> Iterator[torch.Tensor]:
-    """Resamples a signal that comes in pieces `[samples]`, without seams; the two frequencies must have no common divisor."""
-    # The filter repeats after a period: so many samples in, so many out. What it makes of a period depends on `context` periods
-    # on either side, so each call gets these as well, and of its answer only periods are kept that saw no edge:
-    #
-    #   signal    |-- context --|-------- new --------|-- context --|    in periods; what is before it has been dropped
-    #             0           done                  ready
-    #   yielded                 |-------- new --------|
-    #   next time                             |-- context --|--- ...
-    period_in, period_out = resample.orig_freq, resample.new_freq
-    if period_in == period_out:
-        # rates that are nearly the same
-        yield from blocks
-        return
-    context = resample.width // period_in + 2  # periods
-    signal, done = torch.zeros(0), 0
-    for block in blocks:
-        signal = torch.cat([signal, block])
-        ready = len(signal) // period_in - context
-        if ready > done:
-            yield resample(signal)[done * period_out : ready * period_out]
-            dropped = max(0, ready - context)
-            signal, done = signal[dropped * period_in :], ready - dropped
-    if len(signal) and len(rest := resample(signal)[done * period_out :]):
-        yield rest
 
 
 def own_blocks(path: AudioFile, seconds: float = 10.0) -> Iterator[tuple[int, torch.Tensor]]:

@@ -121,7 +121,7 @@ class SoundEncoder(Pretrained):
         check_scale("waveforms", wavs)
         return wavs, wav_lens
 
-    def _checked_features(self, wavs: Tensor, wav_lens: Tensor | None = None, source: str | Path = "waveforms") -> FeaturesAndLens:
+    def checked_features(self, wavs: Tensor, wav_lens: Tensor | None = None, source: str | Path = "waveforms") -> FeaturesAndLens:
         """Computes `features_and_lens`, but refuses samples that are not finite, or so large that their energy is not."""
         feats, lens = self.features_and_lens(wavs, wav_lens)
         if not torch.isfinite(feats).all():
@@ -185,7 +185,7 @@ class SoundEncoder(Pretrained):
         """
         if normalize:
             raise ValueError("normalize=True needs statistics of embeddings, which these models do not have")
-        return self.encode_features(*self._checked_features(wavs, wav_lens))
+        return self.encode_features(*self.checked_features(wavs, wav_lens))
 
     def encode_file(self, path: Any, sample_rate: int | None = None) -> FeatureMap:
         """Computes the feature map of a sound, of a long one of its first `window`.
@@ -195,7 +195,7 @@ class SoundEncoder(Pretrained):
         """
         sound = self._opened(path, sample_rate)
         wave = next(covering(read_blocks(sound, self.hparams.sample_rate), self.window, self.window, self.longest))
-        return self.encode_features(*self._checked_features(wave - wave.mean(), source=named(sound)))
+        return self.encode_features(*self.checked_features(wave - wave.mean(), source=named(sound)))
 
     def _opened(self, source: Any, sample_rate: int | None) -> Opened:
         return opened(source, sample_rate, self.hparams.sample_rate)
@@ -230,11 +230,11 @@ class SoundEncoder(Pretrained):
         n_steps = (n_frames + (stride // 2 if offset is None else stride - max(1, offset))) // stride
         return n_steps.clamp(min=1) if isinstance(n_steps, Tensor) else max(1, n_steps)
 
-    def step_times(self, n_steps: int) -> Tensor:
-        """Gives the middles of the steps of the feature map in seconds, float64 `[steps]`."""
+    def step_times(self, n_steps: int, first: int = 0) -> Tensor:
+        """Gives the middles of so many steps of the feature map in seconds, from the `first` on: float64 `[n_steps - first]`."""
         stride, offset = self._frames_per_step(), chain.step_offset(self.mods.embedding_model)
         # a step that is alone stands for all that there is
-        middles = torch.arange(n_steps, dtype=torch.float64) + (0.5 if offset is None or n_steps == 1 else offset / stride)
+        middles = torch.arange(first, n_steps, dtype=torch.float64) + (0.5 if offset is None or n_steps == 1 else offset / stride)
         return middles * stride * self._step[1] / self.hparams.sample_rate
 
     def window_and_hop(self, window: float, hop: float) -> tuple[int, int, int]:

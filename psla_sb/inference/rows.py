@@ -80,16 +80,22 @@ class FileRows(ABC):
         names = files if names is None else names
         for row, rows, error in self._answers(files, batch_size, num_workers):
             name = name_in_rows(names[row])
-            told = [{"file": name, **dict.fromkeys(self.columns), **one, "error": None} for one in rows]
             said = error and name_in_rows(error).replace(name_in_rows(files[row]), name)
-            yield told or [{"file": name, **dict.fromkeys(self.columns), "error": said}]
+            yield [self.whole(name, one, None) for one in rows] or [self.whole(name, {}, said)]
+
+    def whole(self, name: str, row: Row, error: str | None) -> Row:
+        """Gives a row all fields."""
+        return {"file": name, **dict.fromkeys(self.columns), **row, "error": error}
+
+    def row(self, start: float, end: float, c: int, score: float) -> Row:
+        """Tells of a class from `start` to `end`, in seconds."""
+        decided = {} if self.thresholds is None else {"decision": bool(score >= self.thresholds[c])}
+        span = {"start": round(start, 3), "end": round(end, 3)}
+        return {**span, "label": self.tagger.labels[c], "mid": self.tagger.hparams.mids[c], "score": score, **decided}
 
     @abstractmethod
     def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         """Yields each file's place, its rows without `file` and `error`, and its error."""
-
-    def _decision(self, c: int, score: float) -> Row:
-        return {} if self.thresholds is None else {"decision": bool(score >= self.thresholds[c])}
 
 
 class Tags(FileRows):
@@ -174,10 +180,7 @@ class Steps(FileRows):
         best = [c for c in top_classes(timeline, self.top_k) if timeline.scores[:, c].max() >= (self.threshold or 0)]
         half = timeline.step / 2
         for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True):
-            span = {"start": round(max(0.0, time - half), 3), "end": round(time + half, 3)}
-            for c in best:
-                score = float(scores[c])
-                yield {**span, "label": timeline.labels[c], "mid": timeline.mids[c], "score": score, **self._decision(c, score)}
+            yield from (self.row(max(0.0, time - half), time + half, c, scores[c].item()) for c in best)
 
 
 class Events(Steps):
@@ -191,9 +194,7 @@ class Events(Steps):
 
     def _rows(self, timeline: Any) -> Iterator[Row]:
         for one in events(timeline, self.threshold or (THRESHOLD if self.thresholds is None else self.thresholds)):
-            c = timeline.labels.index(one.label)
-            span = {"start": round(one.start, 3), "end": round(one.end, 3)}
-            yield {**span, "label": one.label, "mid": timeline.mids[c], "score": one.score, **self._decision(c, one.score)}
+            yield self.row(one.start, one.end, timeline.labels.index(one.label), one.score)
 
 
 class TextRows:

@@ -16,9 +16,9 @@ from psla_sb.checkpoints.sources import Published, Snapshot, Source, TaggerFolde
 from psla_sb.checkpoints.tagger_folder import read_calibration
 from psla_sb.dataio.audio import Opened, centred, named, read_blocks, read_if_short
 from psla_sb.dataio.windows import batches, joined, overlapped, windows
-from psla_sb.errors import InputError
 from psla_sb.inference.encoder import SoundEncoder, taking
 from psla_sb.inference.many_files import Pooled, check_pool, over_files
+from psla_sb.inference.stream import AudioStream, window_scores
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.labels.calibration import Calibration
 from psla_sb.labels.enhancement import propagation_matrix
@@ -181,7 +181,7 @@ class AudioTagger(SoundEncoder):
             pairs = torch.from_numpy(matrix).nonzero().T
         self._hierarchy = pairs
 
-    def _raised(self, scores: Tensor) -> Tensor:
+    def raised(self, scores: Tensor) -> Tensor:
         """Does to scores `[..., classes]` what `use_hierarchy` has asked for."""
         if self._hierarchy is None:
             return scores
@@ -200,8 +200,8 @@ class AudioTagger(SoundEncoder):
             return torch.stack([self._pooled(pieces, pool, "waveforms") for pieces in each])
         check_pool(pool)
         if wav_lens is None or self.n_samples is not None:
-            return self._raised(self.tag_features(*self._checked_features(wavs, wav_lens)))
-        return self._raised(chain.by_length(lambda clips: self.tag_features(*self._checked_features(clips)), wavs, wav_lens))
+            return self.raised(self.tag_features(*self.checked_features(wavs, wav_lens)))
+        return self.raised(chain.by_length(lambda clips: self.tag_features(*self.checked_features(clips)), wavs, wav_lens))
 
     def tag_batch(
         self, wavs: Tensor, wav_lens: Tensor | None = None, top_k: int = 5, threshold: float | None = None, pool: str = "max"
@@ -241,7 +241,7 @@ class AudioTagger(SoundEncoder):
         rate = self.hparams.sample_rate
         clip = read_if_short(sound, rate, self.longest)
         if clip is not None:
-            return self._raised(self.tag_features(*self._checked_features(centred(*clip), source=named(sound))))[0]
+            return self.raised(self.tag_features(*self.checked_features(centred(*clip), source=named(sound))))[0]
         return self._pooled(self.cut(read_blocks(sound, rate)), pool, named(sound))
 
     def _pooled(self, pieces: Iterable[Tensor], pool: str, source: Any) -> Tensor:
@@ -249,8 +249,8 @@ class AudioTagger(SoundEncoder):
         pooled = Pooled(pool)
         pieces = islice(pieces, 1) if pool == "first" else pieces
         for wavs in batches((piece - piece.mean() for piece in pieces), WINDOWS_AT_ONCE):
-            pooled.add(self.tag_features(*self._checked_features(wavs, source=source)).float().cpu())
-        return self._raised(pooled.result().to(self.device))
+            pooled.add(self.tag_features(*self.checked_features(wavs, source=source)).float().cpu())
+        return self.raised(pooled.result().to(self.device))
 
     def _tags(self, scores: Tensor, top_k: int, threshold: float | None) -> list[Tag]:
         if top_k < 1:
@@ -326,25 +326,18 @@ class AudioTagger(SoundEncoder):
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
         sound = self._opened(path, sample_rate)
         pieces = windows(read_blocks(sound, self.hparams.sample_rate), n_samples, hop_samples)
-        curve = overlapped(self._window_scores(pieces, n_samples, batch_size, named(sound)), hop_steps)
-        scores = joined(map(self._raised, curve))
+        curve = overlapped(window_scores(self, pieces, n_samples, batch_size, named(sound)), hop_steps)
+        scores = joined(map(self.raised, curve))
         return Timeline(self.step_times(len(scores)).numpy(), scores, self.labels, list(self.hparams.mids))
 
-    events = staticmethod(events)
+    def stream(self, sample_rate: int, window: float = 10.0, hop: float = 1.0, batch_size: int = 8) -> AudioStream:
+        """Begins a stream, which takes a sound of `sample_rate` in blocks, and gives what `tag_timeline` gives of the whole.
 
-    def _window_scores(self, pieces: Iterable[Tensor], n_samples: int, batch_size: int, path: str | Path) -> Iterator[Tensor]:
-        """Yields each window's `[steps, classes]`."""
-        if not chain.has_segment_scores(self.mods.classifier):
-            classifier = type(self.mods.classifier).__qualname__
-            raise InputError(
-                f"this model's classifier ({classifier}) has no segment_scores: it tells what is in a clip, not when, so there is "
-                "no timeline"
-            )
-        for wavs in batches(pieces, batch_size):
-            feature_map = self.encode_features(*self._checked_features(*self.whole_window(wavs, n_samples), path))
-            with torch.inference_mode(), taking(self.mods.classifier, wavs):
-                scores = chain.segment_scores(self.mods, feature_map)
-            yield from scores[..., : self.n_steps_of(wavs.shape[1])].transpose(1, 2).cpu()
+        Scores come a `window` after what they are of: a shorter one is sooner, and hears less around each step.
+        """
+        return AudioStream(self, sample_rate, window, hop, batch_size)
+
+    events = staticmethod(events)
 
     forward = score_batch
 

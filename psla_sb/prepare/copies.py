@@ -22,7 +22,8 @@ from speechbrain.utils.logger import get_logger
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from psla_sb.dataio.audio import RESAMPLING, AudioError, read_audio
+from psla_sb.dataio.audio import AudioError, read_audio
+from psla_sb.dataio.resampling import RESAMPLING
 from psla_sb.errors import InputError
 from psla_sb.files import LOCK, one_process, write_errors, write_file
 
