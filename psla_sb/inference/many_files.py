@@ -13,7 +13,10 @@ from torch.utils.data import DataLoader
 from psla_sb.dataio.audio import named
 from psla_sb.dataio.batches import ClipBatch
 from psla_sb.dataio.dataset import Pieces, init_worker, shared_memory
+from psla_sb.dataio.windows import Overlap, windows
 from psla_sb.errors import InputError
+from psla_sb.inference.stream import check_segment_scores, window_scores
+from psla_sb.lobes.features import true_lengths
 
 POOLS = ("max", "mean", "first")
 Answer = tuple[int, Tensor | None, str | None]  # the sound's row, its values, why it has none
@@ -86,6 +89,45 @@ def over_files(
     yield from in_order(_answers(model, pieces, values_of, partial(Pooled, pool), batch_size, num_workers))
 
 
+class Curve:
+    """Joins the scores `[steps, classes]` of a sound's windows, which come one after the other, `hop` steps apart."""
+
+    def __init__(self, hop: int) -> None:
+        self._overlap, self._values, self._shape = Overlap(hop), bytearray(), torch.Size([0])
+
+    def add(self, values: Tensor) -> None:
+        """Takes the scores of the next window."""
+        self._shape = values.shape[1:]
+        self._keep(self._overlap.push(values))
+
+    def result(self) -> Tensor:
+        """Gives the scores of all steps."""
+        self._keep(self._overlap.finish())
+        return torch.frombuffer(self._values, dtype=torch.float32).reshape(-1, *self._shape)
+
+    def _keep(self, parts: list[Tensor]) -> None:
+        # as bytes: see `psla_sb.dataio.windows.joined`
+        for part in parts:
+            self._values += part.numpy().tobytes()
+
+
+def timelines_of_files(
+    tagger: Any, sounds: Sequence[Any], window: float = 10.0, hop: float = 1.0, batch_size: int = 16, num_workers: int = 0
+) -> Iterator[Answer]:
+    """Computes the scores along sounds, `[steps, classes]`, as `AudioTagger.tag_timeline` does, in the sounds' order."""
+    n_samples, hop_samples, hop_steps = tagger.window_and_hop(window, hop)
+    check_segment_scores(tagger.mods.classifier)
+
+    def values_of(wavs: Tensor, lens: Tensor | None) -> list[Tensor]:
+        lengths = [wavs.shape[1]] * len(wavs) if lens is None else true_lengths(wavs, lens).tolist()
+        pieces = (wav[:length] for wav, length in zip(wavs, lengths, strict=True))
+        return list(window_scores(tagger, pieces, n_samples, len(wavs), "waveforms"))
+
+    pieces = Pieces(sounds, tagger.hparams.sample_rate, partial(windows, length=n_samples, hop=hop_samples))
+    for row, scores, error in in_order(_answers(tagger, pieces, values_of, partial(Curve, hop_steps), batch_size, num_workers)):
+        yield row, None if scores is None else tagger.raised(scores), error
+
+
 def in_order(answers: Iterable[Answer]) -> Iterator[Answer]:
     """Yields answers in the order of their rows, which are 0, 1, ..."""
     early: dict[int, Answer] = {}
@@ -116,7 +158,7 @@ def _answers(
                     yield row, None if errors else collected.result(), errors[0] if errors else None
 
 
-def _values(batch: Any, values_of: Callable[[Tensor, Tensor | None], Tensor], device: Any) -> list[Tensor | str | None]:
+def _values(batch: Any, values_of: Callable[[Tensor, Tensor | None], Any], device: Any) -> list[Tensor | str | None]:
     """Gives each piece's values on the CPU, or why there are none; a piece with an error has none."""
     lengths = batch.n_samples.tolist()
     wavs, lens = batch.to(device).sig
@@ -127,13 +169,13 @@ def _values(batch: Any, values_of: Callable[[Tensor, Tensor | None], Tensor], de
     alike = len({lengths[row] for row in good}) == 1
     with contextlib.suppress(InputError):
         together = values_of(wavs[good, : lengths[good[0]]], None) if alike else values_of(wavs[good], lens[good])
-        for row, values in zip(good, together.float().cpu(), strict=True):
+        for row, values in zip(good, together.float().cpu() if isinstance(together, Tensor) else together, strict=True):
             answers[row] = values
         return answers
     # of a batch that is refused, each piece by itself
     for row in good:
         try:
-            answers[row] = values_of(wavs[row : row + 1, : lengths[row]], None).float().cpu()[0]
+            answers[row] = values_of(wavs[row : row + 1, : lengths[row]], None)[0].float().cpu()
         except InputError as error:
             answers[row] = str(error).removeprefix("waveforms: ")
     return answers

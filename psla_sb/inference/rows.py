@@ -24,10 +24,9 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
-from psla_sb.errors import InputError
-from psla_sb.inference.many_files import over_files
+from psla_sb.inference.many_files import over_files, timelines_of_files
 from psla_sb.inference.tagger import AudioTagger
-from psla_sb.inference.timeline import events, top_classes
+from psla_sb.inference.timeline import Timeline, events, top_classes
 
 SCHEMA = 1  # its version; raised when a field changes
 THRESHOLD = 0.5  # of an event, of a model without thresholds of its own
@@ -169,14 +168,15 @@ class Steps(FileRows):
         self.top_k, self.threshold = top_k, threshold
 
     def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
-        for row, file in enumerate(files):
-            try:
-                timeline = self.tagger.tag_timeline(file)
-                yield row, list(self._rows(timeline)), None
-            except (InputError, OSError) as error:
-                yield row, [], str(error)
+        labels, mids = self.tagger.labels, list(self.tagger.hparams.mids)
+        for row, scores, error in timelines_of_files(self.tagger, files, batch_size=batch_size, num_workers=num_workers):
+            if scores is None:
+                yield row, [], error
+            else:
+                times = self.tagger.step_times(len(scores)).numpy()
+                yield row, list(self._rows(Timeline(times, scores.numpy(), labels, mids))), None
 
-    def _rows(self, timeline: Any) -> Iterator[Row]:
+    def _rows(self, timeline: Timeline) -> Iterator[Row]:
         best = [c for c in top_classes(timeline, self.top_k) if timeline.scores[:, c].max() >= (self.threshold or 0)]
         half = timeline.step / 2
         for time, scores in zip(timeline.times.tolist(), timeline.scores, strict=True):
@@ -192,7 +192,7 @@ class Events(Steps):
     def __init__(self, tagger: AudioTagger, threshold: float | None = None, **settings: Any) -> None:
         super().__init__(tagger, len(tagger.labels), threshold, **settings)
 
-    def _rows(self, timeline: Any) -> Iterator[Row]:
+    def _rows(self, timeline: Timeline) -> Iterator[Row]:
         for one in events(timeline, self.threshold or (THRESHOLD if self.thresholds is None else self.thresholds)):
             yield self.row(one.start, one.end, timeline.labels.index(one.label), one.score)
 
