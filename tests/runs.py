@@ -67,10 +67,28 @@ def run(argv, check=True, cwd=None, env=None, fresh=False):
     return done
 
 
-def torchrun(argv, **kwargs):
-    """As `run`, by two processes on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    return run([*launcher, *map(str, argv[1:])], **kwargs)
+def torchrun(argv, check=True, env=None, fresh=False):
+    """As `run`, by two processes on this machine: those of torchrun itself, if they are to be `fresh`."""
+    argv = [str(part) for part in argv]
+    if fresh:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        return run([*launcher, *argv[1:]], check=check, env=env, fresh=True)
+    with tempfile.TemporaryDirectory() as folder:
+        said = [os.path.join(folder, name) for name in ("stdout", "stderr")]
+        ranks = _ranks(
+            lambda _, given: _process(argv, said, {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), **given}, None, None)
+        )
+        # torchrun ends the others when one has failed
+        while any(process.is_alive() for process in ranks):
+            for process in ranks:
+                process.join(0.1)
+            if any(process.exitcode for process in ranks):
+                for process in ranks:
+                    process.terminate()
+        texts = [Path(path).read_text() if os.path.exists(path) else "" for path in said]
+    done = subprocess.CompletedProcess(argv, int(any(process.exitcode for process in ranks)), *texts)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def at_start(folder, code, **variables):
@@ -106,8 +124,13 @@ def _main(argv, said, env, cwd, at):
         os.dup2(stream, descriptor)
     if cwd is not None:
         os.chdir(cwd)
-    sys.path[:0] = [str(Path(argv[1]).parent), *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = list(filter(None, env.get("PYTHONPATH", "").split(os.pathsep)))
+    sys.path[:0] = [str(Path(argv[1]).parent), *paths]
     sys.argv = argv[1:]
+    # what `at_start` wants, which Python itself does at its start
+    for path in paths:
+        if (code := Path(path) / "sitecustomize.py").exists():
+            runpy.run_path(str(code))
     import torch
 
     torch.set_num_threads(1)
@@ -183,18 +206,19 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def _ranks(start_one):
+    """Two processes, which `start_one(rank, environment)` starts, in the environment that torchrun gives them."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    return [start_one(rank, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
 def two_ranks(argv, log, at=None, rank_of_event=None):
     """As `finish`, the exit statuses of two processes in the environment that torchrun gives them; `at` is of both, or of one."""
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    ranks = [
-        start(
-            argv,
-            log.with_suffix(f".{rank}"),
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            at=at if rank_of_event in (None, rank) else None,
-        )
-        for rank in (0, 1)
-    ]
+
+    def start_one(rank, env):
+        return start(argv, log.with_suffix(f".{rank}"), env=env, at=at if rank_of_event in (None, rank) else None)
+
+    ranks = _ranks(start_one)
     for process in ranks:
         process.join()
     return [process.exitcode for process in ranks]

@@ -24,7 +24,7 @@ def test_two_gloo_ranks_train_and_score_like_one_process(mini_data, tmp_path, mo
     folder = tmp_path / "two"
     settings = {"data_folder": mini_data, "valid_batch_size": BATCH}
     argv = command(TRAIN, "hparams/mini.yaml", "--distributed_backend=gloo", **settings, output_folder=folder)
-    torchrun(argv)
+    torchrun(argv, fresh=True)
     results = json.loads((folder / "results.json").read_text())
     assert len(results["epochs"]) == 2
     assert np.isfinite(results["epochs"][1]["train_loss"])
