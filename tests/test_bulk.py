@@ -160,6 +160,7 @@ def killed_at_a_random_moment(argv, whole, folder, seed):
             kills += 1
             process.join()
         if process.exitcode == 1:
+            assert table.exists(), log.read_text()
             break
         assert process.exitcode in (-signal.SIGKILL, 75), log.read_text()
     assert kills

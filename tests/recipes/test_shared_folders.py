@@ -108,7 +108,7 @@ report.greedy_selection = selected
 
 def test_one_process_decides_what_fits_and_selects(lively_runs, alone, tmp_path):
     folder = tmp_path / "ensemble"
-    said = torchrun(aggregation(lively_runs, folder), env=at_start(tmp_path, ROOM)).stdout
+    said = torchrun(aggregation(lively_runs, folder), env=at_start(tmp_path, ROOM), fresh=True).stdout
     assert others(folder, alone) == []
     for file in folder.glob("*scores/*.npy"):
         assert np.isfinite(np.load(file)).all()
