@@ -75,6 +75,9 @@ class AudioTagger(SoundEncoder):
     >>> soundfile.write(folder / "sound.wav", [0.0] * 16000, 16000)
     >>> sorted(tag.label for tag in tagger.tag_file(folder / "sound.wav"))
     ['Bell', 'Rain']
+    >>> stream = tagger.stream(sample_rate=44100)
+    >>> stream.push(np.zeros((44100, 2), np.int16)).scores.shape, stream.finish().scores.shape
+    ((0, 2), (3, 2))
     """
 
     MODULES_NEEDED = MODULES
