@@ -29,7 +29,8 @@ from psla_sb.lobes.chain import MODULES
 logger = get_logger(__name__)
 PREFIX = "hf://"
 # Of a tagger's folder: what changes with the weights, and may be missing; and the rest, of which ontology.json is for --hierarchy.
-OF_WEIGHTS = (WEIGHTS, *(f"{name}.ckpt" for name in MODULES), CALIBRATION, "model.onnx")
+ONNX = ("model.onnx", "model_int8.onnx")
+OF_WEIGHTS = (WEIGHTS, *(f"{name}.ckpt" for name in MODULES), CALIBRATION, *ONNX)
 OTHERS = (HPARAMS, LABEL_ENCODER, CLASSES, "ontology.json", "README.md")
 
 
@@ -68,7 +69,8 @@ def download(address: str) -> Path:
     """
     asked = Address.of(address)
     with _refusals(asked):
-        folder = Path(snapshot_download(asked.repository, revision=asked.revision, allow_patterns=[*OF_WEIGHTS[:-1], *OTHERS]))
+        wanted = [name for name in (*OF_WEIGHTS, *OTHERS) if name not in ONNX]
+        folder = Path(snapshot_download(asked.repository, revision=asked.revision, allow_patterns=wanted))
     if not (folder / HPARAMS).is_file():
         raise InputError(f"{asked}: not a tagger's repository, it has no {HPARAMS}; psla-export RUN --push owner/name makes one")
     return folder

@@ -96,8 +96,8 @@ def tag(arguments: list[str] | None = None) -> None:
     _check(parser, options)
     if _process()[1] > 1 and not options.out:
         parser.error("several processes (torchrun) write one table: give --out")
-    if options.device == "cuda":
-        options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if options.device == "cuda" and "LOCAL_RANK" in os.environ:
+        options.device = f"cuda:{os.environ['LOCAL_RANK']}"
     tagger = load_tagger(parser, options)
     if options.hierarchy:
         _use_hierarchy(parser, tagger, options)
