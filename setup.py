@@ -51,6 +51,7 @@ setup(
         # of examples/serve.py
         "serve": ["fastapi", "uvicorn"],
         "microphone": ["sounddevice"],
+        "ray": ["ray[data]"],
         "browser": ["gradio>=6.31,<7", "playwright"],
         "test": [
             "pytest",

@@ -123,9 +123,11 @@ def _source(path: AudioFile) -> tuple[str, str | io.BytesIO]:
 
 def _in_memory(file: Any) -> io.BytesIO:
     try:
-        return io.BytesIO(file.read())
+        copy = io.BytesIO(file.read())
     except (OSError, ValueError, TypeError) as error:
         raise AudioError(f"{named(file)}: must be open for reading bytes, as with mode='rb' ({error})") from None
+    copy.name = named(file)
+    return copy
 
 
 def named(source: Any) -> str:

@@ -24,6 +24,7 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 
+from psla_sb.dataio.audio import named
 from psla_sb.inference.many_files import over_files, timelines_of_files
 from psla_sb.inference.tagger import AudioTagger
 from psla_sb.inference.timeline import Timeline, events, top_classes
@@ -67,19 +68,21 @@ class FileRows(ABC):
         return pa.schema(list(columns.items()), metadata={"psla_sb": json.dumps({"schema": SCHEMA, **about})})
 
     def of_files(
-        self, files: Sequence[str], batch_size: int = 16, num_workers: int = 0, names: Sequence[str] | None = None
+        self, files: Sequence[Any], batch_size: int = 16, num_workers: int = 0, names: Sequence[str] | None = None
     ) -> Iterator[list[Row]]:
         """Yields each file's rows, one at least, in the files' order.
 
         Arguments
         ---------
+        files
+            Paths; with no workers also file objects.
         names
-            What the files are called in the rows (default: their paths).
+            What the files are called in the rows (default: their paths; of file objects their `name`).
         """
         names = files if names is None else names
         for row, rows, error in self._answers(files, batch_size, num_workers):
-            name = name_in_rows(names[row])
-            said = error and name_in_rows(error).replace(name_in_rows(files[row]), name)
+            name = name_in_rows(named(names[row]))
+            said = error and name_in_rows(error).replace(name_in_rows(named(files[row])), name)
             yield [self.whole(name, one, None) for one in rows] or [self.whole(name, {}, said)]
 
     def whole(self, name: str, row: Row, error: str | None) -> Row:
@@ -93,7 +96,7 @@ class FileRows(ABC):
         return {**span, "label": self.tagger.labels[c], "mid": self.tagger.hparams.mids[c], "score": score, **decided}
 
     @abstractmethod
-    def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
+    def _answers(self, files: Sequence[Any], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         """Yields each file's place, its rows without `file` and `error`, and its error."""
 
 
@@ -113,7 +116,7 @@ class Tags(FileRows):
         self.options: dict[str, Any] = {"top_k": top_k, "threshold": threshold, "pool": pool}
         self.decided = decided
 
-    def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
+    def _answers(self, files: Sequence[Any], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         found = self.tagger.tag_files(files, batch_size, num_workers, progress=False, **self.options)
         for row, (_, tags, error) in enumerate(found):
             rows = [{key: value for key, value in tag._asdict().items() if key in self.columns} for tag in tags or ()]
@@ -131,7 +134,7 @@ class Vectors(FileRows):
         return {self.name: self.type}
 
     def _vectors(
-        self, files: Sequence[str], values_of: Any, pool: str, batch_size: int, num_workers: int
+        self, files: Sequence[Any], values_of: Any, pool: str, batch_size: int, num_workers: int
     ) -> Iterator[tuple[int, list[Row], str | None]]:
         for row, values, error in over_files(self.tagger, files, values_of, pool, batch_size, num_workers):
             dtype = self.type.value_type.to_pandas_dtype()
@@ -147,7 +150,7 @@ class Scores(Vectors):
         super().__init__(tagger, dtype=dtype, pool=pool, **settings)
         self.type, self.pool = pa.list_(getattr(pa, dtype)(), len(tagger.labels)), pool
 
-    def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
+    def _answers(self, files: Sequence[Any], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         return self._vectors(files, self.tagger.score_batch, self.pool, batch_size, num_workers)
 
 
@@ -156,7 +159,7 @@ class Embeddings(Vectors):
 
     name, type = "embedding", pa.list_(pa.float32())
 
-    def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
+    def _answers(self, files: Sequence[Any], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         return self._vectors(files, self.tagger.scene_embeddings, "mean", batch_size, num_workers)
 
 
@@ -167,7 +170,7 @@ class Steps(FileRows):
         super().__init__(tagger, top_k=top_k, threshold=threshold, **settings)
         self.top_k, self.threshold = top_k, threshold
 
-    def _answers(self, files: Sequence[str], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
+    def _answers(self, files: Sequence[Any], batch_size: int, num_workers: int) -> Iterator[tuple[int, list[Row], str | None]]:
         labels, mids = self.tagger.labels, list(self.tagger.hparams.mids)
         for row, scores, error in timelines_of_files(self.tagger, files, batch_size=batch_size, num_workers=num_workers):
             if scores is None:
