@@ -64,7 +64,7 @@ def main():
     tagger = untrained(*SIZES[options.model]) if options.model in SIZES else AudioTagger.from_folder(options.model, device="cpu")
     stream, detector = tagger.stream(options.rate, options.window, options.hop), EventDetector(tagger.labels, options.threshold)
     half = tagger.step_times(2).diff().item() / 2
-    n_steps = n_begun = n_events = 0
+    n_steps = n_begun = n_events = n_heard = 0
     delay = slowest = total = heard = 0.0
     sizes = []
     n_samples = max(1, round(options.block * options.rate))
@@ -73,7 +73,8 @@ def main():
         steps = stream.push(block)
         found = detector.push(*steps)
         took = time.process_time() - begin
-        total, slowest, heard = total + took, max(slowest, took), heard + len(block) / options.rate
+        total, slowest, n_heard = total + took, max(slowest, took), n_heard + len(block)
+        heard = n_heard / options.rate
         if len(steps.times):
             delay = max(delay, heard - steps.times[0] + half)
         n_steps += len(steps.times)
