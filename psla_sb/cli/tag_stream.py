@@ -92,6 +92,8 @@ def tag_stream(parser: ArgumentParser, tagger: Any, options: Namespace) -> int:
                 show(stream.push(block))
             show(stream.finish(), last=True)
         except InputError as error:
+            # what was heard before it
+            rows.show_events([] if options.timeline else detector.finish())
             print(f"error: {error}", file=sys.stderr)
             rows.show_error(str(error))
             return 1
