@@ -4,12 +4,11 @@
 """
 
 import html
-import math
 import os
 import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 from psla_sb.dataio.audio import AudioError, duration, read_blocks
 from psla_sb.dataio.containers import sounds_in
 from psla_sb.errors import InputError
+from psla_sb.inference.rows import SCHEMA, Events, Tags
 from psla_sb.inference.tagger import AudioTagger, Tag
 from psla_sb.inference.timeline import Timeline, events
 from psla_sb.plots.recording import overview
@@ -28,6 +28,7 @@ COLUMNS, WIDTHS = ["class", "from", "to", "score"], ["37%", "21%", "21%", "21%"]
 MAX_EVENTS, MAX_EXAMPLES = 1000, 12
 MAX_FILE_SIZE = "1gb"  # an hour in stereo at 44.1 kHz is a WAV file of 635 MB
 START = "<p>A sound of any format, up to 1 GB: an hour is not too long.</p>"
+CANCELLED = "<p>Cancelled. Drop another sound, or record one.</p>"
 WHOLE = "The tags are of the clip as a whole"
 WINDOWS = (
     "That is longer than what the model hears at a time: the tags are each class's highest score in windows that overlap by half"
@@ -46,6 +47,7 @@ footer {display: none !important}
 code {overflow-wrap: anywhere}
 #told {min-height: 5.5em}
 #told .pending {opacity: 0 !important}
+#stop {max-width: 8em}
 #told .error {color: var(--error-text-color); font-weight: 600}
 #tags meter {height: 10px; appearance: none}
 #tags meter::-webkit-meter-bar {opacity: 0}
@@ -58,6 +60,13 @@ code {overflow-wrap: anywhere}
 """
 
 Paths = Sequence[str | Path]
+
+
+class Work(NamedTuple):
+    """A sound that a page waits for."""
+
+    path: str
+    stop: threading.Event
 
 
 class Heard(NamedTuple):
@@ -73,14 +82,30 @@ class Heard(NamedTuple):
     column: float
 
 
+class Stopped(Exception):
+    """Ends the work on a sound that nobody waits for any more."""
+
+
 def listen(tagger: AudioTagger, path: str | Path, progress: Callable[[float, str], Any] = lambda share, desc: None) -> Heard:
-    """Tags a sound of any length; `progress` is called with the share that is done, in [0, 1], and with words for it."""
+    """Tags a sound of any length; `progress` is called with the share that is done, in [0, 1], and with words for it.
+
+    What `progress` raises ends the work.
+    """
     rate, seconds, timeline = tagger.hparams.sample_rate, _seconds(path), None
+
+    def part(begin: float, end: float, done: str) -> Callable[[float], Any]:
+        def report(at: float) -> None:
+            # what a header says may be a little less than there is
+            total = max(seconds, at)
+            progress(begin + (end - begin) * at / total, f"{done} {clock(at)} of {clock(total)}")
+
+        return report
+
     if tagger.has_timeline:
-        with _counted(tagger, seconds, progress):
-            timeline = tagger.tag_timeline(path, WINDOW, HOP)
-    whole, tags = round(seconds * rate) <= tagger.longest, tagger.tag_file(path, top_k=len(tagger.labels))
-    extremes, energies, column = overview(read_blocks(path, rate), rate, seconds)
+        timeline = tagger.tag_timeline(path, WINDOW, HOP, on_progress=part(0.0, 0.8, "heard"))
+    whole = round(seconds * rate) <= tagger.longest
+    tags = tagger.tag_file(path, top_k=len(tagger.labels), on_progress=part(0.8 if timeline else 0.0, 0.95, "tagged"))
+    extremes, energies, column = overview(read_blocks(path, rate, on_progress=part(0.95, 1.0, "looked at")), rate, seconds)
     return Heard(Path(path).name, seconds, whole, tags, timeline, extremes.numpy(), energies.numpy(), column)
 
 
@@ -90,23 +115,6 @@ def _seconds(path: str | Path) -> float:
     except AudioError:
         # whoever reads the file says what is wrong
         return 0.0
-
-
-@contextmanager
-def _counted(tagger: AudioTagger, seconds: float, progress: Callable[[float, str], Any]) -> Iterator[None]:
-    """Reports how many of a recording's windows the model has been given."""
-    length, hop, _ = tagger.window_and_hop(WINDOW, HOP)
-    total, done = 1 + max(0, math.ceil((seconds * tagger.hparams.sample_rate - length) / hop)), 0
-
-    def count(module, inputs, feats):
-        nonlocal done
-        done += len(feats)
-        share = min(1.0, done / total)
-        progress(share, f"heard {clock(share * seconds)} of {clock(seconds)}")
-
-    # taken off again at the end, also after an error
-    with tagger.mods.compute_features.register_forward_hook(count):
-        yield
 
 
 def clock(seconds: float) -> str:
@@ -159,24 +167,64 @@ def _gradio() -> Any:
     return gradio
 
 
-def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> Any:
-    """Builds the page, a `gradio.Blocks`: `source` is what the model is called there, `examples` are sound files on offer."""
-    gr, model, calibration = _gradio(), tagger.hparams, tagger.calibration
-    length = f"{tagger.n_samples / model.sample_rate:.3g} s at a time" if tagger.n_samples else "clips of any length"
+def build_page(tagger: AudioTagger, source: str = "", examples: Paths = (), at_once: int = 4) -> Any:
+    """Builds the page, a `gradio.Blocks`, on which `at_once` sounds are in work at a time, each with its own progress.
 
-    def hear(path, k, threshold, own=False, progress=gr.Progress()):  # noqa: B008
-        nothing = (None, gr.Column(visible=False), gr.Column(visible=False), None, None, None)
-        if path is None:
-            return START, *nothing
+    `source` is what the model is called there, `examples` are sound files on offer. Programs call `/tags` and `/events` of its
+    API, see the README.
+    """
+    gr, model, calibration = _gradio(), tagger.hparams, tagger.calibration
+    from gradio import Request  # handlers that are annotated with it are told whose page it is
+
+    length = f"{tagger.n_samples / model.sample_rate:.3g} s at a time" if tagger.n_samples else "clips of any length"
+    nothing = (None, gr.Column(visible=False), gr.Column(visible=False), None, None, None)
+    working: dict[str | None, Work] = {}  # by page
+
+    def end(request: Request) -> None:
+        if work := working.pop(request.session_hash, None):
+            work.stop.set()
+
+    def begin(path: str | None, request: Request) -> tuple:
+        end(request)
+        if path is not None:
+            working[request.session_hash] = Work(path, threading.Event())
+        return ("" if path else START), *nothing, gr.Button(visible=path is not None)
+
+    def cancel(request: Request) -> tuple:
+        end(request)
+        return CANCELLED, gr.Button(visible=False)
+
+    def hear(
+        path: str | None,
+        k: int,
+        threshold: float,
+        request: Request,
+        own: bool = False,
+        progress: Any = gr.Progress(),  # noqa: B008
+    ) -> tuple:
+        work, unchanged = working.get(request.session_hash), (gr.skip(),) * len(outputs)
+        # while it waited, it was cancelled, or another sound took its place
+        if work is None or work.path != path:
+            return unchanged
+
+        def report(share: float, words: str) -> None:
+            if work.stop.is_set():
+                raise Stopped
+            progress(share, words)
+
+        answer: tuple
         try:
-            heard = listen(tagger, path, progress)
+            heard = listen(tagger, path, report)
+            report(1.0, "drawing")
+            told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {note(heard)}{DECIDED if calibration else ''}</p>"
+            shown = gr.Column(visible=True)
+            answer = told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold, own)
         except InputError as error:
-            text = html.escape(str(error).replace(str(path), Path(path).name))
-            return f'<p class="error" role="alert">{text}</p>', *nothing
-        progress(1.0, "drawing")
-        told = f"<p><b>{html.escape(heard.name)}</b>, {clock(heard.seconds)}. {note(heard)}{DECIDED if calibration else ''}</p>"
-        shown = gr.Column(visible=True)
-        return told, heard, shown, shown, *show_classes(heard, k), show_events(heard, threshold, own)
+            text = html.escape(str(error).replace(path, Path(path).name))
+            answer = f'<p class="error" role="alert">{text}</p>', *nothing
+        except Stopped:
+            return unchanged
+        return unchanged if work.stop.is_set() else (*answer, gr.Button(visible=False))
 
     def show_classes(heard, k):
         return {f"{TICK * bool(tag.decision)}{tag.label}": tag.score for tag in heard.tags[:k]}, picture(heard, k)
@@ -185,6 +233,22 @@ def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> A
         rows, found = event_rows(heard, calibration.threshold if own else threshold)
         shown = f"the best-scored {len(rows)} of {found}" if found > len(rows) else str(found)
         return gr.Dataframe(rows, label=f"Events: {shown}")
+
+    def rows_of(rows, sound):
+        """Gives what `psla-tag --format json` prints."""
+        try:
+            (told,) = rows.of_files([sound], names=[Path(sound).name])
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return {"schema": SCHEMA, "rows": told}
+
+    def api_tags(sound, top_k=5, threshold=None):
+        """Tags a sound: its best classes, as rows of psla-tag's schema."""
+        return rows_of(Tags(tagger, top_k, threshold), sound)
+
+    def api_events(sound, threshold=None):
+        """Finds when what reaches the threshold begins and ends, as rows of psla-tag's schema."""
+        return rows_of(Events(tagger, threshold), sound)
 
     with gr.Blocks(title="What can be heard?", analytics_enabled=False, delete_cache=(600, KEPT)) as page:
         found = gr.State()
@@ -199,6 +263,7 @@ def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> A
                 ways = {"sources": ["upload", "microphone"], "type": "filepath", "buttons": ["download"]}
                 sound = gr.Audio(label="Sound", elem_id="sound", **ways, **player)
                 told = gr.HTML(START, elem_id="told")
+                stop = gr.Button("Cancel", size="sm", visible=False, elem_id="stop")
                 if examples:
                     names = [Path(example).name for example in examples]
                     gr.Examples([[str(example)] for example in examples], sound, label="Examples", example_labels=names)
@@ -213,18 +278,34 @@ def build_page(tagger: AudioTagger, source: str = "", examples: Paths = ()) -> A
             # of each class's own threshold, if the model has some
             choices = [threshold, *([gr.Checkbox(True, label=OWN, elem_id="own")] if calibration else [])]
             table = gr.Dataframe(headers=COLUMNS, column_widths=WIDTHS, wrap=True, interactive=False, buttons=[], elem_id="events")
-        # one at a time, whoever asks: matplotlib's style and the count of windows are the process's own
-        alone = {"concurrency_id": "alone", "concurrency_limit": 1, "api_visibility": "private"}
-        outputs = [told, found, beside, below, tags, drawn, table]
-        sound.change(hear, [sound, k, *choices], outputs, show_progress_on=told, **alone)
-        k.change(show_classes, [found, k], [tags, drawn], show_progress="hidden", **alone)
+        outputs = [told, found, beside, below, tags, drawn, table, stop]
+        private: dict[str, Any] = {"api_visibility": "private"}
+        hearing: dict[str, Any] = {"concurrency_id": "hearing", "concurrency_limit": at_once}
+        at_first = sound.change(begin, sound, outputs, queue=False, show_progress="hidden", **private)
+        at_last = at_first.then(hear, [sound, k, *choices], outputs, show_progress_on=told, **hearing, **private)
+        stop.click(cancel, None, [told, stop], queue=False, show_progress="hidden", cancels=at_last, **private)
+        page.unload(end)
+        changed = {"show_progress": "hidden", "concurrency_limit": at_once, **private}
+        k.change(show_classes, [found, k], [tags, drawn], **changed)
         for choice in choices:
-            choice.change(show_events, [found, *choices], table, show_progress="hidden", **alone)
+            choice.change(show_events, [found, *choices], table, **changed)
+        # parts of the page check what they are sent, which `gradio.api` does not: that a file is one that was uploaded
+        given, answer = gr.Audio(type="filepath", visible=False, label="sound"), gr.JSON(visible=False)
+        least, most_tags = gr.Number(None, minimum=0, maximum=1, visible=False), gr.Number(5, minimum=1, precision=0, visible=False)
+        called = gr.Button(visible=False)
+        called.click(api_tags, [given, most_tags, least], answer, api_name="tags", **hearing)
+        called.click(api_events, [given, least], answer, api_name="events", **hearing)
     return page
 
 
 def launch(
-    tagger: AudioTagger, source: str = "", examples: Paths = (), host: str = "127.0.0.1", port: int = 7860, browser: bool = False
+    tagger: AudioTagger,
+    source: str = "",
+    examples: Paths = (),
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    browser: bool = False,
+    at_once: int = 4,
 ) -> None:
     """Serves the page until Ctrl-C or SIGTERM; uploaded sounds are deleted then, and after some hours.
 
@@ -236,7 +317,7 @@ def launch(
         gr = _gradio()
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            page = build_page(tagger, source, examples)
+            page = build_page(tagger, source, examples, at_once)
             fonts = ["system-ui", "sans-serif"]  # none from the network
             look = {"theme": gr.themes.Default(primary_hue="blue", font=fonts, font_mono=fonts), "css": CSS, "footer_links": []}
             limits = {"max_file_size": MAX_FILE_SIZE, "state_session_capacity": 100}

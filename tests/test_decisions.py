@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,8 +161,10 @@ def test_the_page_marks_what_is_decided_and_has_events_by_it(model, sound, monke
     pytest.importorskip("gradio")
     tagger = AudioTagger.from_folder(model)
     page = demo.build_page(tagger, "model")
-    hear, show = ([f.fn for f in page.fns.values() if f.name == name][-1] for name in ("hear", "show_events"))
-    told, heard, *_, tags, _, table = hear(sound, 6, 0.95, True)
+    begin, hear, show = ([f.fn for f in page.fns.values() if f.name == name][-1] for name in ("begin", "hear", "show_events"))
+    somebody = SimpleNamespace(session_hash="a")
+    begin(sound, somebody)
+    told, heard, *_, tags, _, table, _ = hear(sound, 6, 0.95, somebody, True)
     assert "reaches its own threshold" in told
     assert tags == {("\N{CHECK MARK} " * one.decision) + one.label: one.score for one in heard.tags[:6]}
     assert table.label == f"Events: {len(events(heard.timeline, tagger.calibration.threshold))}"

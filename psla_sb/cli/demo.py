@@ -15,10 +15,13 @@ def demo(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="such as cuda:0 (default: %(default)s)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="sounds in work at a time (default: %(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
     options = parser.parse_args(arguments)
     if options.model is None:
         parser.error(NO_MODEL)
+    if options.at_once < 1:
+        parser.error("--at-once must be 1 or more")
     # after the command line was checked: it takes seconds
     from psla_sb.demo import example_files, launch
     from psla_sb.errors import InputError
@@ -26,6 +29,6 @@ def demo(arguments: list[str] | None = None) -> None:
     try:
         examples = example_files(options.examples) if options.examples else ()
         tagger = load_tagger(parser, options)
-        launch(tagger, options.model, examples, options.host, options.port, options.open)
+        launch(tagger, options.model, examples, options.host, options.port, options.open, options.at_once)
     except InputError as error:
         parser.error(str(error))

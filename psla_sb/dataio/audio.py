@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -253,10 +253,13 @@ def opened(source: Any, sample_rate: int | None, to_rate: int) -> Opened:
     return [to_waveform(source, sample_rate, to_rate)]
 
 
-def read_blocks(path: Opened, sample_rate: int = 16000, seconds: float = 10.0) -> Iterator[torch.Tensor]:
+def read_blocks(
+    path: Opened, sample_rate: int = 16000, seconds: float = 10.0, on_progress: Callable[[float], Any] | None = None
+) -> Iterator[torch.Tensor]:
     """Decodes a sound file of any length in pieces of about so many seconds, each `[samples]`, float32.
 
-    The pieces, joined, are what `read_audio` returns, with the same arguments and errors.
+    The pieces, joined, are what `read_audio` returns, with the same arguments and errors. Whenever a piece is done with,
+    `on_progress` is called with the seconds so far; what it raises ends the reading.
 
     Example
     -------
@@ -266,7 +269,12 @@ def read_blocks(path: Opened, sample_rate: int = 16000, seconds: float = 10.0) -
     >>> sum(len(block) for block in read_blocks(path))
     400000
     """
-    yield from path if isinstance(path, list) else _blocks(*_source(path), sample_rate, seconds)
+    n_samples = 0
+    for block in path if isinstance(path, list) else _blocks(*_source(path), sample_rate, seconds):
+        yield block
+        n_samples += len(block)
+        if on_progress is not None:
+            on_progress(n_samples / sample_rate)
 
 
 def _blocks(path: str, source: str | io.BytesIO, sample_rate: int, seconds: float) -> Iterator[torch.Tensor]:

@@ -1,7 +1,7 @@
 """What users call to tag sounds: a trained tagger, loaded from wherever it is kept."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -220,7 +220,13 @@ class AudioTagger(SoundEncoder):
             return chain.classify({"classifier": classifier}, feature_map, lens).clamp(0.0, 1.0)
 
     def tag_file(
-        self, source: Any, top_k: int = 5, threshold: float | None = None, pool: str = "max", sample_rate: int | None = None
+        self,
+        source: Any,
+        top_k: int = 5,
+        threshold: float | None = None,
+        pool: str = "max",
+        sample_rate: int | None = None,
+        on_progress: Callable[[float], Any] | None = None,
     ) -> list[Tag]:
         """Gives the best-scored classes of a sound, best first: `top_k` at most, each with a score of `threshold` at least.
 
@@ -235,17 +241,19 @@ class AudioTagger(SoundEncoder):
             What a class's score is of those of several windows: "max", "mean" or the "first" window's.
         sample_rate
             Of an array, in Hz.
+        on_progress
+            Is called, during this call, with the seconds of a long sound that have been read so far; what it raises ends the work.
         """
-        return self._tags(self._scores_of(self._opened(source, sample_rate), pool), top_k, threshold)
+        return self._tags(self._scores_of(self._opened(source, sample_rate), pool, on_progress), top_k, threshold)
 
-    def _scores_of(self, sound: Opened, pool: str = "max") -> Tensor:
+    def _scores_of(self, sound: Opened, pool: str = "max", on_progress: Callable[[float], Any] | None = None) -> Tensor:
         """Scores one sound: `[classes]`."""
         check_pool(pool)
         rate = self.hparams.sample_rate
         clip = read_if_short(sound, rate, self.longest)
         if clip is not None:
             return self.raised(self.tag_features(*self.checked_features(centred(*clip), source=named(sound))))[0]
-        return self._pooled(self.cut(read_blocks(sound, rate)), pool, named(sound))
+        return self._pooled(self.cut(read_blocks(sound, rate, on_progress=on_progress)), pool, named(sound))
 
     def _pooled(self, pieces: Iterable[Tensor], pool: str, source: Any) -> Tensor:
         """Scores windows, less their means, and pools them: `[classes]`."""
@@ -312,7 +320,13 @@ class AudioTagger(SoundEncoder):
         return chain.has_segment_scores(self.mods.classifier) and self.has_times
 
     def tag_timeline(
-        self, path: Any, window: float = 10.0, hop: float = 1.0, batch_size: int = 8, sample_rate: int | None = None
+        self,
+        path: Any,
+        window: float = 10.0,
+        hop: float = 1.0,
+        batch_size: int = 8,
+        sample_rate: int | None = None,
+        on_progress: Callable[[float], Any] | None = None,
     ) -> Timeline:
         """Scores all classes along a recording of any length, whatever `tag_file` takes; a file is read piece by piece.
 
@@ -323,12 +337,15 @@ class AudioTagger(SoundEncoder):
         ---------
         window, hop
             Seconds that the model sees together, at most what it was trained on; from a window to the next, as whole steps.
+        on_progress
+            As of `tag_file`.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
         n_samples, hop_samples, hop_steps = self.window_and_hop(window, hop)
         sound = self._opened(path, sample_rate)
-        pieces = windows(read_blocks(sound, self.hparams.sample_rate), n_samples, hop_samples)
+        blocks = read_blocks(sound, self.hparams.sample_rate, on_progress=on_progress)
+        pieces = windows(blocks, n_samples, hop_samples)
         curve = overlapped(window_scores(self, pieces, n_samples, batch_size, named(sound)), hop_steps)
         scores = joined(map(self.raised, curve))
         return Timeline(self.step_times(len(scores)).numpy(), scores, self.labels, list(self.hparams.mids))

@@ -3,6 +3,7 @@
 Figures are drawn without pyplot: no display, no state that other code could see.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ PAGE_WIDTH, ROW_HEIGHT = 7.2, 0.155
 # Where the text of `annotate` stands: to the right of its point.
 BESIDE: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 6}
 BESIDE["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+_DRAWING = threading.RLock()  # matplotlib's style is the process's own
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def page(path: str | Path, height: float, title: Sequence[str] = (), **kwargs: A
     The lines of the title stand above everything; `kwargs` are for `matplotlib.figure.Figure`.
     """
     # ticks are made while the figure is drawn, so drawing needs the style too
-    with style.context(["default", STYLE]):
+    with _DRAWING, style.context(["default", STYLE]):
         figure = Figure((PAGE_WIDTH, height), **kwargs)
         FigureCanvasAgg(figure)
         if title:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -49,13 +50,15 @@ def tagger(model):
 
 @pytest.fixture(scope="module")
 def sounds(tiny_run, mini_data, tmp_path_factory):
-    """A folder with a clip, another one, two minutes of clips, and two files that are no sound."""
+    """A folder with a clip, another one, two minutes and an hour of clips, and two files that are no sound."""
     folder = tmp_path_factory.mktemp("sounds")
     manifest = Manifest.from_csv(tiny_run[0] / "eval.csv", data_root=mini_data)
     clips = [read_audio(manifest[row]["wav"]).numpy() for row in range(len(manifest))]
     soundfile.write(folder / "clip.wav", clips[0], 16000)
     soundfile.write(folder / "other clip.flac", clips[1], 16000)
     soundfile.write(folder / "long.flac", np.resize(np.concatenate(clips), 120 * 16000), 16000)
+    hour = np.round(np.resize(np.concatenate(clips), 3600 * 16000) * 2**15).astype(np.int16)
+    soundfile.write(folder / "hour.flac", hour, 16000)
     (folder / "broken.wav").write_bytes(b"RIFF and no sound")
     (folder / "empty.wav").touch()
     return folder
@@ -107,8 +110,8 @@ def browser():
         running.close()
 
 
-@pytest.fixture
-def page(browser, address):
+@contextmanager
+def opened(browser, address):
     """The page, opened; at the end nothing but its server has been asked for anything, and no script has failed."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     page, requests, errors = context.new_page(), [], []
@@ -123,6 +126,12 @@ def page(browser, address):
     assert requests
     assert not others
     assert not errors
+
+
+@pytest.fixture
+def page(browser, address):
+    with opened(browser, address) as page:
+        yield page
 
 
 def give(page, path, says):
@@ -218,6 +227,32 @@ def test_two_minutes(page, tagger, sounds, tmp_path):
     assert not heard.whole
     page.screenshot(path=tmp_path / "long.png", full_page=True)
     page.wait_for_function("Math.abs(document.querySelector('#sound audio').duration - 120) < 0.1")
+
+
+def test_two_pages_at_a_time_and_an_hour_that_is_cancelled(page, browser, address, tagger, sounds, tmp_path):
+    cancel = page.get_by_role("button", name="Cancel")
+    assert not cancel.is_visible()
+    page.locator("#sound input[type=file]").set_input_files(sounds / "hour.flac")
+    page.locator("#told", has_text="of 1:00:00.0").wait_for()
+    with opened(browser, address) as other:
+        told = give(other, sounds / "clip.wav", "clip.wav")
+        check_against(other, tagger, sounds / "clip.wav", told)
+        assert not other.get_by_role("button", name="Cancel").is_visible()
+    page.screenshot(path=tmp_path / "working.png", full_page=True)
+    assert "of 1:00:00.0" in page.locator("#told").inner_text()
+    cancel.click()
+    page.locator("#told", has_text="Cancelled").wait_for()
+    cancel.wait_for(state="hidden")
+    assert not page.locator("#tags").is_visible()
+    told = give(page, sounds / "other clip.flac", "other clip.flac")
+    check_against(page, tagger, sounds / "other clip.flac", told)
+    # nor does another sound wait for the one in whose place it comes
+    page.locator("#sound button[aria-label=Clear]").click()
+    page.locator("#tags").wait_for(state="hidden")
+    page.locator("#sound input[type=file]").set_input_files(sounds / "hour.flac")
+    page.locator("#told", has_text="of 1:00:00.0").wait_for()
+    told = give(page, sounds / "clip.wav", "clip.wav")
+    check_against(page, tagger, sounds / "clip.wav", told)
 
 
 def test_a_recording_from_the_microphone(page):
