@@ -7,8 +7,10 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,13 +20,28 @@ import soundfile
 from psla_sb.cli.tag import tag
 from psla_sb.inference import bulk
 from psla_sb.inference.bulk import BulkRows, PathList
-from psla_sb.inference.rows import Tags
+from psla_sb.inference.rows import FileRows, Tags
 from psla_sb.inference.tagger import AudioTagger
 from runs import rows_by_file, start, two_ranks
 
 N_FILES = 40
 # parts of few files, so that there are many of them
-SCRIPT = "from psla_sb.cli.tag import tag\nfrom psla_sb.inference import bulk\nbulk.FILES = 3\ntag()\n"
+SCRIPT = """
+from psla_sb.cli.tag import tag
+from psla_sb.inference import bulk
+
+bulk.FILES, write = 3, bulk.BulkRows.write
+
+
+def begun(self, *args, **kwargs):
+    with open(f"{self.out}.begun", "a") as marks:
+        marks.write(".")
+    return write(self, *args, **kwargs)
+
+
+bulk.BulkRows.write = begun
+tag()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +162,12 @@ def killed_at_a_random_moment(argv, whole, folder, seed):
     """Kills the command again and again, at moments drawn from the seed, until it ends by itself."""
     rng = random.Random(seed)
     table, log = folder / f"{seed}.parquet", folder / "log"
-    about = table.with_name(table.name + ".parts") / "about.json"
+    marks = folder / f"{seed}.parquet.begun"
     kills = 0
     while True:
-        begun = about.stat().st_mtime_ns if about.exists() else None
+        begun = marks.stat().st_size if marks.exists() else 0
         process = start([*argv, str(table)], log)
-        # each one writes this anew before it begins
-        while process.is_alive() and (about.stat().st_mtime_ns if about.exists() else None) == begun:
+        while process.is_alive() and (marks.stat().st_size if marks.exists() else 0) == begun:
             time.sleep(0.01)
         process.join(rng.uniform(0, 0.8) if kills < 3 else None)
         if process.is_alive():
@@ -165,7 +181,7 @@ def killed_at_a_random_moment(argv, whole, folder, seed):
         assert process.exitcode in (-signal.SIGKILL, 75), log.read_text()
     assert kills
     assert_alike(rows_in(table), rows_in(whole))
-    assert [file.name for file in folder.glob(f"{seed}.*")] == [table.name]
+    assert sorted(file.name for file in folder.glob(f"{seed}.*")) == [table.name, marks.name]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -179,37 +195,129 @@ def test_killed_at_any_moment_often(argv, whole, tmp_path, seed):
     killed_at_a_random_moment(argv, whole, tmp_path, seed)
 
 
-def test_killed_between_the_table_and_the_end_of_its_parts(tagger, archive, whole, tmp_path, monkeypatch):
+def test_killed_between_the_table_and_the_end_of_its_parts(tagger, archive, tmp_path, monkeypatch):
     table, files = tmp_path / "tags.parquet", PathList(sorted(map(str, archive.rglob("*.wav"))))
-    monkeypatch.setattr(bulk.shutil, "rmtree", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        BulkRows(Tags(tagger), table).write(files, progress=False)
+    monkeypatch.setattr(bulk, "FILES", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda self, **_: 1 / 0 if self.suffix == ".parquet" and self.exists() else None)
+        with pytest.raises(ZeroDivisionError):
+            BulkRows(Tags(tagger), table).write(files, progress=False)
     first = rows_in(table)
-    monkeypatch.undo()
+    next(table.with_name("tags.parquet.parts").glob("*.parquet")).unlink()
     more = PathList([*files, str(archive / "3.flac")])
-    assert BulkRows(Tags(tagger), table).write(more, progress=False) == 1
+    assert BulkRows(Tags(tagger), table).write(more, progress=False) == (len(more), 1, 0, 0)
     rows = rows_in(table)
-    assert rows[: len(first)] == first
-    assert [row["file"] for row in rows[len(first) :]] == [str(archive / "3.flac")] * 5
+    assert sorted(map(str, rows[:-5])) == sorted(map(str, first))
+    assert [row["file"] for row in rows[-5:]] == [str(archive / "3.flac")] * 5
 
 
 def test_processes_of_torchrun_share_the_files(argv, whole, tmp_path):
     table = tmp_path / "table" / "tags.parquet"
+    table.parent.mkdir()
     # two of the files are broken, which whoever ends last says
     assert 1 in two_ranks([*argv, str(table)], tmp_path / "log")
     said = "".join((tmp_path / f"log.{rank}").read_text() for rank in (0, 1))
     assert f"{table} has the rows of {N_FILES + 3} files" in said
-    assert_alike(rows_in(table), rows_in(whole))
-    assert [file.name for file in table.parent.iterdir()] == [table.name]
+    both = [sorted(rows_in(one), key=lambda row: (row["file"], -(row["score"] or 0))) for one in (table, whole)]
+    assert_alike(*both)
+    assert sorted(file.name for file in table.parent.iterdir()) == [".lock", table.name, f"{table.name}.begun"]
 
 
 def test_a_process_alone_leaves_the_table_to_the_last_one(tagger, archive, tmp_path):
     files = PathList(sorted(map(str, archive.rglob("*.wav"))))
     table = tmp_path / "tags.parquet"
-    assert BulkRows(Tags(tagger), table).write(files, rank=1, world_size=2, progress=False) is None
+    first = BulkRows(Tags(tagger), table).write(files, rank=1, world_size=2, progress=False)
+    assert first.n_left > 0
     assert not table.exists()
-    assert BulkRows(Tags(tagger), table).write(files, rank=0, world_size=2, progress=False) == 1
-    assert list(dict.fromkeys(row["file"] for row in rows_in(table))) == list(files)
+    # this one finds a file that came meanwhile
+    more = PathList([str(archive / "3.flac"), *files])
+    last = BulkRows(Tags(tagger), table).write(more, rank=0, world_size=2, progress=False)
+    assert last.n_left in (0, 1)
+    assert BulkRows(Tags(tagger), table).write(more, progress=False) == (len(more), 1, 0, 0)
+    assert sorted({row["file"] for row in rows_in(table)}) == sorted(more)
+
+
+def test_processes_that_begin_and_end_together(archive, tmp_path):
+    """Many times, and with another one besides, without a model, whose answers would take too long."""
+
+    class Names(FileRows):
+        def __init__(self):
+            self.settings, self.thresholds = {"schema": 1}, None
+            self.tagger = SimpleNamespace(labels=["a"], hparams=SimpleNamespace(mids=["a"]))
+
+        def _answers(self, files, batch_size, num_workers):
+            yield from ((i, [{"label": "a", "mid": "a", "score": 0.5}], None) for i in range(len(files)))
+
+    files = PathList(f"{i}.wav" for i in range(60))
+    for trial in range(15):
+        table, found, barrier = tmp_path / f"{trial}.csv", [], threading.Barrier(5)
+
+        def work(rank, world_size, table=table, found=found, barrier=barrier):
+            rows = BulkRows(Names(), table)
+            barrier.wait()
+            found.append(rows.write(files, rank=rank, world_size=world_size, progress=False))
+
+        threads = [threading.Thread(target=work, args=args) for args in ((0, 4), (1, 4), (2, 4), (3, 4), (0, 1))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 5
+        assert sorted(row["file"] for row in rows_in(table)) == sorted(files)
+    assert not list(tmp_path.glob("*.parts/*.parquet"))
+
+
+def test_text_of_any_kind_comes_back(tmp_path):
+    odd = ["a\rb", "a\r\nb", 'q"q', ",", "NA", "null", "1e5", "True", " ", "\x00\x1f", "ä\u2028"]
+
+    class Odd(FileRows):
+        def __init__(self):
+            self.settings, self.thresholds = {"schema": 1}, None
+            self.tagger = SimpleNamespace(labels=odd, hparams=SimpleNamespace(mids=odd))
+
+        def _answers(self, files, batch_size, num_workers):
+            for i, file in enumerate(files):
+                tags = [{"label": odd[i % len(odd)], "mid": odd[-1 - i % len(odd)], "score": 0.1}]
+                yield i, [] if i == 3 else tags, f"{file} \r " * 4000 if i == 3 else None
+
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        table = tmp_path / f"a{suffix}"
+        assert BulkRows(Odd(), table).write(PathList(f"{one}.wav" for one in odd), progress=False).n_left == 0
+        before = rows_in(table)
+        assert BulkRows(Odd(), table).write(PathList([*(f"{one}.wav" for one in odd), "more.wav"]), progress=False).n_left == 0
+        assert rows_in(table)[: len(before)] == before
+        assert [row["file"] for row in before] == [f"{one}.wav" for one in odd]
+        assert [row["label"] for row in before] == [*odd[:3], None, *odd[4:]]
+        assert len(before[3]["error"]) == 10_000
+
+
+def test_errors_are_tried_again_if_asked_for(model, archive, tmp_path, capsys):
+    folder = shutil.copytree(archive, tmp_path / "in")
+    for name in ("tags.parquet", "tags.csv"):
+        (folder / "broken.wav").write_text("no sound")
+        options = [folder, "--model", model, "--out", tmp_path / name]
+        assert status_of(*options) == 1
+        shutil.copy(folder / "3.flac", folder / "broken.wav")
+        assert status_of(*options) == 1
+        assert [row["error"] is None for row in rows_in(tmp_path / name) if row["file"] == str(folder / "broken.wav")] == [False]
+        assert status_of(*options, "--retry") == 1
+        assert [row["error"] is None for row in rows_in(tmp_path / name) if row["file"] == str(folder / "broken.wav")] == [True] * 5
+        capsys.readouterr()
+        assert status_of(folder / "broken.wav", "--model", model, "--out", tmp_path / name) == 0
+        assert f"and of {N_FILES + 2} that were not named now" in capsys.readouterr().err
+
+
+def test_nothing_to_tag_is_no_table(model, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert status_of(tmp_path / "empty", tmp_path / "slip", "--model", model, "--out", tmp_path / "a.parquet") == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'empty'}: no sound files there" in said
+    assert f"{tmp_path / 'slip'}: no such file or folder" in said
+    assert [file.name for file in tmp_path.iterdir()] == ["empty"]
+    assert status_of(tmp_path, "--model", model, "--out", tmp_path / "empty.parquet") == 1
+    (tmp_path / "d.csv").mkdir()
+    assert status_of(tmp_path, "--model", model, "--out", tmp_path / "d.csv") == 2
+    assert "is a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -287,13 +395,17 @@ def test_one_file_each(model, archive, whole, tmp_path, capsys):
         expected.setdefault(row["file"], []).append(row)
     for form in ("json", "csv"):
         out = tmp_path / form
-        for status in (1, 0):
-            assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == status
+        for _ in range(2):
+            # the broken ones are tried, and named, each time
+            assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == 1
         (out / f"3.flac.{form}").unlink()
-        assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == 0
-        assert len([file for file in out.rglob(f"*.{form}") if file.name != "about.json"]) == len(expected)
+        assert status_of(archive, "--model", model, "--out-dir", out, "--format", form) == 1
+        named = [file for file in out.rglob(f"*.{form}") if not file.name.startswith("psla-tag.")]
+        assert len(named) == len(expected) - 2
+    errors = json.loads((tmp_path / "json" / "psla-tag.errors.json").read_text(encoding="utf-8"))["rows"]
+    assert errors == [rows[0] for rows in expected.values() if rows[0]["error"]]
     rows = json.loads((tmp_path / "json" / "deep" / "ä 0.wav.json").read_text(encoding="utf-8"))["rows"]
-    assert rows == expected[f"{archive}/deep/ä 0.wav"]
+    assert_alike(rows, expected[f"{archive}/deep/ä 0.wav"])
     assert status_of(archive, "--model", model, "--out-dir", tmp_path / "json", "--top-k", 2) == 2
     assert "top_k: 5 there, 2 now" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
@@ -303,6 +415,9 @@ def test_one_file_each(model, archive, whole, tmp_path, capsys):
     shutil.copy(*same)
     assert status_of(*same, "--model", model, "--out-dir", tmp_path / "both") == 2
     assert "two of the sounds would have the same name" in capsys.readouterr().err
+    assert status_of(same[0], "--model", model, "--out-dir", tmp_path / "vectors", "--scores", "float32") == 0
+    (row,) = json.loads((tmp_path / "vectors" / "3.flac.json").read_text())["rows"]
+    assert len(row["scores"]) == 39
 
 
 def test_lists_and_annotations(model, archive, tmp_path, capsys, monkeypatch):
@@ -314,6 +429,9 @@ def test_lists_and_annotations(model, archive, tmp_path, capsys, monkeypatch):
         options = ["--list", tmp_path / name, "--data-folder", archive, "--top-k", 1, "--model", model]
         assert status_of(*options, "--format", "jsonl") == 0
         assert list(rows_by_file(capsys.readouterr().out)) == [f"{archive}/{one}" for one in expected]
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + os.fsencode(archive / "3.flac") + b"\nno[n]e*.wav\n")
+    assert status_of("--list", tmp_path / "marked.txt", "--model", model, "--format", "jsonl") == 1
+    assert list(rows_by_file(capsys.readouterr().out)) == [f"{archive}/3.flac", "no[n]e*.wav"]
     assert status_of("--list", tmp_path / "none.txt", "--model", model) == 2
     assert "none.txt: cannot be read as a list of files" in capsys.readouterr().err
     (tmp_path / "segments.csv").write_text("ID,wav,duration,labels,start\na,{data_root}/3.flac,0.1,x,0.1\n")

@@ -4,7 +4,6 @@ import contextlib
 import glob
 import hashlib
 import io
-import itertools
 import os
 import shutil
 import signal
@@ -52,6 +51,12 @@ ONTOLOGY = "AudioSet's ontology.json, for --hierarchy (default: the one in the m
 LEAST = "the least score of a tag; of an event, by default its class's own threshold, or 0.5 where the model has none"
 LIST = "further sounds: a text file with a path a line (- for stdin), or an annotation (.csv: ID,wav,duration,labels)"
 OUT = "write one table, .parquet, .csv or .jsonl, of all files, and go on with it if it is there"
+APPLIES = {
+    "top_k": ("tags", "timeline"),
+    "threshold": ("tags", "timeline", "events"),
+    "pool": ("tags", "scores"),
+    "hierarchy": ("tags", "timeline", "events", "scores"),
+}
 WORKERS = "processes that decode (default: up to 8, by the number of files and cores)"
 EXIT_STOPPED = 75
 
@@ -65,10 +70,10 @@ def tag(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", metavar="FILE", help=LIST)
     parser.add_argument("--data-folder", metavar="FOLDER", help="what {data_root} in an annotation stands for")
     add_model(parser)
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="tags per file (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="tags per file (default: 5)")
     parser.add_argument("--threshold", type=float, metavar="SCORE", help=LEAST)
-    pool = "of a sound in several windows, a class's score is the windows' max, mean, or the first one's (default: %(default)s)"
-    parser.add_argument("--pool", choices=["max", "mean", "first"], default="max", help=pool)
+    pool = "of a sound in several windows, a class's score is the windows' max, mean, or the first one's (default: max)"
+    parser.add_argument("--pool", choices=["max", "mean", "first"], help=pool)
     parser.add_argument("--hierarchy", choices=["max"], help=HIERARCHY)
     parser.add_argument("--ontology", metavar="FILE", help=ONTOLOGY)
     what = parser.add_mutually_exclusive_group()
@@ -81,6 +86,7 @@ def tag(arguments: list[str] | None = None) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", metavar="TABLE", help=OUT)
     where.add_argument("--out-dir", metavar="FOLDER", help="write one file for each sound, .json, or as --format says")
+    parser.add_argument("--retry", action="store_true", help="with --out: try files again that have an error there")
     parser.add_argument("--plot", metavar="PNG", help="draw one recording's waveform, spectrogram and timeline")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows on the device at a time (default: 16)")
     parser.add_argument("--workers", type=int, metavar="N", help=WORKERS)
@@ -111,7 +117,7 @@ def tag(arguments: list[str] | None = None) -> None:
     missing: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
-            n_files, failed = _told(tagger, _sounds(options, Path(folder) / "stdin.wav", missing), options)
+            told = _told(tagger, _sounds(options, Path(folder) / "stdin.wav", missing), options)
             sys.stdout.flush()
         except BrokenPipeError:
             # whoever read, such as `head`, has had enough; Python must not stumble over it once more at its exit
@@ -119,18 +125,23 @@ def tag(arguments: list[str] | None = None) -> None:
             sys.exit(1)
         except InputError as error:
             parser.error(str(error))
+        except OSError as error:
+            parser.error(f"{error.filename or 'what is printed'}: cannot be read or written ({error.strerror})")
         except KeyboardInterrupt:
             print("Stopped." + (" The same command goes on from here." if options.out or options.out_dir else ""), file=sys.stderr)
             sys.exit(EXIT_STOPPED)
     for text in missing:
         print(f"error: {text}", file=sys.stderr)
-    if failed is None:
-        print(f"This process is done; the last one to end makes {options.out}", file=sys.stderr)
-    elif failed and n_files > 1:
-        print(f"{failed} of {n_files} files could not be tagged", file=sys.stderr)
-    if failed is not None and (written := options.out or options.out_dir):
-        print(f"{written} has the rows of {n_files} files", file=sys.stderr)
-    sys.exit(1 if failed or missing else 0)
+    if told.n_left:
+        left = f"{told.n_left} of {told.n_files} files have no rows yet"
+        print(f"{left}: other processes have them. If none is at work any more, the same command goes on", file=sys.stderr)
+        sys.exit(0)
+    if told.n_failed and told.n_files > 1:
+        print(f"{told.n_failed} of {told.n_files} files could not be tagged", file=sys.stderr)
+    if told.n_files and (written := options.out or options.out_dir):
+        others = f", and of {told.n_others} that were not named now" if told.n_others else ""
+        print(f"{written} has the rows of {told.n_files} files{others}", file=sys.stderr)
+    sys.exit(1 if told.n_failed or missing else 0)
 
 
 def _process() -> tuple[int, int]:
@@ -140,6 +151,8 @@ def _process() -> tuple[int, int]:
 
 def _check(parser: ArgumentParser, options: Namespace) -> None:
     check_stream_options(parser, options)
+    _refuse_what_does_not_apply(parser, options)
+    options.top_k, options.pool = 5 if options.top_k is None else options.top_k, options.pool or "max"
     if options.top_k < 1:
         parser.error("--top-k must be 1 or more")
     if options.threshold is not None and not 0 < options.threshold <= 1:
@@ -156,8 +169,26 @@ def _check(parser: ArgumentParser, options: Namespace) -> None:
         parser.error("--out: the sound on stdin has no name to stand in a table; print its rows")
     if options.out and options.format:
         parser.error("the name that --out gives says which format; leave --format out")
-    if (options.scores or options.embeddings) and not (options.out or options.format in ("json", "jsonl")):
+    if options.out_dir and options.format == "table":
+        parser.error("--out-dir writes json, jsonl or csv")
+    if options.retry and not options.out:
+        parser.error("--retry is of --out; what has an error is tried again anyway")
+    if options.plot and (options.out or options.out_dir or options.scores or options.embeddings):
+        parser.error("--plot draws what is printed of one recording; leave --out, --out-dir, --scores and --embeddings out")
+    printed = options.format in ("json", "jsonl") or (options.out_dir and options.format is None)
+    if (options.scores or options.embeddings) and not (options.out or printed):
         parser.error("--scores and --embeddings are lists of numbers: give --out NAME.parquet, or --format jsonl")
+
+
+def _refuse_what_does_not_apply(parser: ArgumentParser, options: Namespace) -> None:
+    """Refuses options that would change nothing of what is asked for."""
+    kinds = ("timeline", "events", "scores", "embeddings")
+    kind = next((kind for kind in kinds if getattr(options, kind)), "events" if options.stream else "tags")
+    for name, applies in APPLIES.items():
+        if getattr(options, name) is not None and kind not in applies:
+            parser.error(f"--{name.replace('_', '-')} changes nothing of {kind}; it is of {', '.join(applies)}")
+    if options.data_folder and not options.list:
+        parser.error("--data-folder is of the annotation that --list names")
 
 
 def _use_hierarchy(parser: ArgumentParser, tagger: Any, options: Namespace) -> None:
@@ -189,9 +220,13 @@ class Sound(NamedTuple):
 def _sounds(options: Namespace, stdin: Path, missing: list[str]) -> Iterator[Sound]:
     """Finds the files that the options name; what could not be found is added to `missing`."""
     from psla_sb.dataio.containers import sounds_in
+    from psla_sb.dataio.packs import locate
     from psla_sb.inference.bulk import listed
 
-    for argument in itertools.chain(options.files, listed(options.list, options.data_folder) if options.list else ()):
+    for line in listed(options.list, options.data_folder) if options.list else ():
+        for file in sounds_in(line) if os.path.isdir(line) else (line,):
+            yield Sound(file, file, os.path.relpath(file, line) if os.path.isdir(line) else os.path.basename(file))
+    for argument in options.files:
         if argument == "-":
             with open(stdin, "wb") as copy:
                 shutil.copyfileobj(sys.stdin.buffer, copy)
@@ -203,36 +238,41 @@ def _sounds(options: Namespace, stdin: Path, missing: list[str]) -> Iterator[Sou
                 missing.append(f"{argument}: no sound files there")
             for file in found:
                 yield Sound(file, file, os.path.relpath(file, argument) if is_folder else os.path.basename(file))
+        elif options.out and not os.path.exists(argument) and not locate(argument):
+            # a slip of the pen has no place in a table
+            missing.append(f"{argument}: no such file or folder")
         else:
-            yield Sound(
-                argument, argument.removeprefix("./") if argument.startswith("./-") else argument, os.path.basename(argument)
-            )
+            name = argument.removeprefix("./") if argument.startswith("./-") else argument
+            yield Sound(argument, name, os.path.basename(argument))
 
 
-def _told(tagger: Any, sounds: Iterator[Sound], options: Namespace) -> tuple[int, int | None]:
-    """Prints or writes the rows of sounds: how many there were, how many have an error (None: other processes still write)."""
+def _told(tagger: Any, sounds: Iterator[Sound], options: Namespace) -> Any:
+    """Prints or writes the rows of sounds; what became of them, as `psla_sb.inference.bulk.Written`."""
     from psla_sb.errors import InputError
-    from psla_sb.inference.bulk import BulkRows, PathList, write_each
+    from psla_sb.inference.bulk import BulkRows, PathList, Written, write_each
     from psla_sb.inference.many_files import workers_for
     from psla_sb.plots.recording import draw
 
     rows = _rows(tagger, options)
     if options.out:
-        files = PathList(sound.path for sound in sounds)
+        table, files = BulkRows(rows, options.out), PathList(sound.path for sound in sounds)
         workers = workers_for(len(files)) if options.workers is None else options.workers
-        return len(files), BulkRows(rows, options.out).write(files, options.batch_size, workers, *_process())
+        if not len(files):
+            return Written(0, 0, 0, 0)
+        return table.write(files, options.batch_size, workers, *_process(), retry=options.retry)
     # each once
     found = list({sound.path: sound for sound in sounds}.values())
     workers = workers_for(len(found)) if options.workers is None else options.workers
     if options.out_dir:
         places = {sound.path: sound.place for sound in found}
-        return len(found), write_each(rows, places, options.out_dir, options.format or "json", options.batch_size, workers)
+        failed = write_each(rows, places, options.out_dir, options.format or "json", options.batch_size, workers)
+        return Written(len(found), failed, 0, 0)
     if options.plot and len(found) != 1:
         raise InputError(f"--plot draws one recording, not {len(found)}")
     if options.plot:
         draw(found[0].path, tagger.tag_timeline(found[0].path), tagger.hparams.sample_rate, options.plot, found[0].name)
     told = rows.of_files([sound.path for sound in found], options.batch_size, workers, [sound.name for sound in found])
-    return len(found), _print(told, options.format or "table", rows.schema.names)
+    return Written(len(found), _print(told, options.format or "table", rows.schema.names), 0, 0)
 
 
 def _rows(tagger: Any, options: Namespace) -> Any:

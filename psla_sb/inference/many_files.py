@@ -144,7 +144,7 @@ def _answers(
 ) -> Iterator[Answer]:
     loader = DataLoader(pieces, batch_size, num_workers=num_workers, collate_fn=ClipBatch, worker_init_fn=init_worker)
     begun: dict[int, tuple[Any, list[str]]] = {}
-    with shared_memory():
+    with shared_memory(), _living_workers():
         for batch in loader:
             values = _values(batch, values_of, model.device)
             for row, last, error, value in zip(batch.row.tolist(), batch.last.tolist(), batch.error, values, strict=True):
@@ -179,6 +179,18 @@ def _values(batch: Any, values_of: Callable[[Tensor, Tensor | None], Any], devic
         except InputError as error:
             answers[row] = str(error).removeprefix("waveforms: ")
     return answers
+
+
+@contextlib.contextmanager
+def _living_workers() -> Iterator[None]:
+    """Turns what PyTorch says when a worker was killed into an error that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        remedy = "most often for lack of memory: give fewer --workers; what is done is kept, and the same command goes on"
+        raise InputError(f"a process that reads sounds was killed, {remedy} ({str(error).strip().splitlines()[-1]})") from error
 
 
 def workers_for(n_sounds: int) -> int:

@@ -30,6 +30,7 @@ from psla_sb.inference.tagger import AudioTagger
 from psla_sb.inference.timeline import Timeline, events, top_classes
 
 SCHEMA = 1  # its version; raised when a field changes
+LONGEST_ERROR = 10_000  # characters that are kept of an error
 THRESHOLD = 0.5  # of an event, of a model without thresholds of its own
 
 Row = dict[str, Any]
@@ -87,7 +88,7 @@ class FileRows(ABC):
 
     def whole(self, name: str, row: Row, error: str | None) -> Row:
         """Gives a row all fields."""
-        return {"file": name, **dict.fromkeys(self.columns), **row, "error": error}
+        return {"file": name, **dict.fromkeys(self.columns), **row, "error": error and error[:LONGEST_ERROR]}
 
     def row(self, start: float, end: float, c: int, score: float) -> Row:
         """Tells of a class from `start` to `end`, in seconds."""
@@ -216,6 +217,8 @@ class TextRows:
     def __init__(self, stream: TextIO, form: str, fields: Sequence[str]) -> None:
         self.stream, self.form, self._first = stream, form, True
         self._table = csv.DictWriter(stream, fields, lineterminator="\n")
+        # whoever reads a carriage return takes it for the end of a row, if it is not quoted
+        self._quoting = csv.DictWriter(stream, fields, lineterminator="\n", quoting=csv.QUOTE_ALL)
 
     def __enter__(self) -> "TextRows":
         if self.form == "csv":
@@ -227,11 +230,13 @@ class TextRows:
     def write(self, rows: Iterable[Row]) -> None:
         """Writes rows."""
         if self.form == "csv":
-            self._table.writerows(rows)
+            for row in rows:
+                has_return = any(isinstance(cell, str) and "\r" in cell for cell in row.values())
+                (self._quoting if has_return else self._table).writerow(row)
         else:
             for row in rows:
                 before = "" if self.form == "jsonl" else "\n " if self._first else ",\n "
-                self.stream.write(before + json.dumps(row) + ("\n" if self.form == "jsonl" else ""))
+                self.stream.write(before + json.dumps(row, default=np.ndarray.tolist) + ("\n" if self.form == "jsonl" else ""))
                 self._first = False
         self.stream.flush()
 
