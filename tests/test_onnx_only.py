@@ -11,8 +11,8 @@ import torch
 from torchaudio.transforms import Resample
 
 from psla_sb.cli.export import export
-from psla_sb.dataio.audio import RESAMPLING
 from psla_sb.dataio.manifest import Manifest
+from psla_sb.dataio.resampling import RESAMPLING
 from psla_sb.errors import InputError
 from psla_sb.inference.onnx_export import export_onnx
 from psla_sb.inference.onnx_int8 import quantize_onnx
