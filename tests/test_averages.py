@@ -185,7 +185,7 @@ def test_without_estimation_statistics_are_averaged(settings, tmp_path):
     assert not ema_path(tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_and_resumed_is_bit_exact(whole, settings, tmp_path, accumulation):
     """With all that psla_plus has: gain, roll, mixup, mel edges, Freq-MixStyle, averages with statistics of their own."""
     settings = {

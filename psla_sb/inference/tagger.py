@@ -63,6 +63,7 @@ class AudioTagger(SoundEncoder):
 
     Example
     -------
+    >>> import numpy as np
     >>> import soundfile
     >>> from psla_sb.checkpoints.psla import save_psla_checkpoint
     >>> from psla_sb.labels.vocabulary import Vocabulary

@@ -370,6 +370,7 @@ def test_a_signal_reaches_the_runs_which_save(signum, ablate, recipe, tmp_path):
     assert len(calls(out)) == 4
 
 
+@pytest.mark.slow
 def test_real_runs_are_stopped_and_go_on(tiny_run, mini_data, tmp_path):
     """Two variants, two seeds, two at a time, stopped once: the same figures as of a training that was started by hand."""
     out, log = tmp_path / "out", tmp_path / "log"

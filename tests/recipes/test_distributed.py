@@ -4,6 +4,7 @@ import json
 import signal
 
 import numpy as np
+import pytest
 import torch
 from speechbrain import Stage
 
@@ -84,6 +85,7 @@ def test_two_ranks_killed_or_stopped_and_resumed_are_bit_exact(mini_data, tmp_pa
     assert differences(tmp_path / "whole", tmp_path / "stopped") == []
 
 
+@pytest.mark.slow
 def test_a_compiled_training_of_two_processes_that_accumulate_and_go_on(mini_data, tmp_path):
     """What is compiled changes no weight and no name; here by a compiler that changes nothing either, and takes no minutes."""
     script, folders = tmp_path / "train.py", {}

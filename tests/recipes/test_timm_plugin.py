@@ -119,6 +119,7 @@ def test_folder_tags_embeds_and_is_onnx_without_more_trust(trained, mini_data, t
     np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(installed):
     """Those of the package, as its README says to run them."""
     pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", "tests", "tiny_tagger"]
